@@ -1,0 +1,1 @@
+"""The local control API on the Unix socket."""

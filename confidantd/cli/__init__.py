@@ -1,0 +1,1 @@
+"""The confidant command, a thin client of the local daemon."""

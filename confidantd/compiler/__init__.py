@@ -1,0 +1,1 @@
+"""Torch blocks to ONNX programs; the only place that imports torch."""

@@ -1,0 +1,1 @@
+"""Finding devices over mDNS on every usable interface."""

@@ -1,0 +1,1 @@
+"""ONNX Runtime sessions, optimizer and KV cache of one stage; no torch, no asyncio."""

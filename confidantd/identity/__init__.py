@@ -1,0 +1,1 @@
+"""This device's key and certificate, and the certificates it trusts."""

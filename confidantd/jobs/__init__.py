@@ -1,0 +1,1 @@
+"""Training and generation jobs, from request to result."""

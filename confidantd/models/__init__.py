@@ -1,0 +1,1 @@
+"""What a model is: specs, families, checkpoint files; no torch."""

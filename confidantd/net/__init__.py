@@ -1,0 +1,1 @@
+"""Mutual TLS connections between paired devices."""

@@ -1,0 +1,1 @@
+"""From measured numbers to a plan that explains itself; pure functions."""

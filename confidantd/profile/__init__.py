@@ -1,0 +1,1 @@
+"""What this device has and how fast it is."""

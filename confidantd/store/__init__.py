@@ -1,0 +1,1 @@
+"""Content-addressed files, fetched by verified ranges."""

@@ -1,0 +1,74 @@
+"""What a stage worker is told, and what it says back: shared by jobs, worker and engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from confidantd.ids import DeviceId, Digest, JobId
+from confidantd.models.spec import LoraSpec, Method, ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of a checkpoint: its name and dtype as in safetensors, and its content digest."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    digest: Digest
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerSpec:
+    """AdamW as `torch.optim.AdamW` computes it; the learning rate comes with each step."""
+
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+
+
+@dataclass(frozen=True, slots=True)
+class StageSpec:
+    """The part of a model that one stage computes, and how.
+
+    `training` is None for generation. `lora` describes either the adapter that is
+    trained (method `lora`) or one that is merged into the weights at load
+    (generation). `microbatch_size` and `sequence_length` are the training shapes.
+    """
+
+    model: ModelSpec
+    first_layer: int
+    past_last_layer: int
+    embedding: bool
+    head: bool
+    training: Method | None
+    lora: LoraSpec | None = None
+    microbatch_size: int = 1
+    sequence_length: int = 1
+    seed: int = 0
+    optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
+
+
+@dataclass(frozen=True, slots=True)
+class StageAssignment:
+    """Everything a device needs to run one stage of one job in one epoch.
+
+    `programs` maps a program's name to its digest; `tensors` are the checkpoint's
+    (and `adapter_tensors` the adapter's) that this stage needs. All are blobs that
+    `source` (the owner) serves.
+    """
+
+    job: JobId
+    epoch: int
+    stage: int
+    stages: int
+    microbatches: int
+    spec: StageSpec
+    source: DeviceId
+    programs: dict[str, Digest]
+    tensors: tuple[TensorEntry, ...]
+    adapter_tensors: tuple[TensorEntry, ...] = ()
+    threads: int = 1
+    memory_bytes: int = 0

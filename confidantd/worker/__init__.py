@@ -1,0 +1,1 @@
+"""The stage worker process: runner and links."""
