@@ -72,3 +72,14 @@ async def supervise(name: str, run: Callable[[], Awaitable[None]]) -> None:
             pause = RESTART_FIRST_SECONDS
         await asyncio.sleep(pause)
         pause = min(pause * 2, RESTART_MOST_SECONDS)
+
+
+async def plain_errors(work: Awaitable[_T]) -> _T:
+    """Await `work`; of an exception group raise the first single exception instead."""
+    try:
+        return await work
+    except BaseExceptionGroup as group:
+        failure: BaseException = group
+        while isinstance(failure, BaseExceptionGroup):
+            failure = failure.exceptions[0]
+        raise failure from None

@@ -66,7 +66,7 @@ def from_map(cls: type[_T], fields: Any, _depth: int = 0) -> _T:
         raise ProtocolError(f"{cls.__name__}: expected a map")
     if _depth > _MAX_DEPTH:
         raise ProtocolError(f"{cls.__name__}: nested too deeply")
-    hints = _hints(cls)
+    hints = _hints(typing.cast(Any, cls))
     unknown = set(fields) - set(hints)
     if unknown:
         raise ProtocolError(f"{cls.__name__}: unknown field {min(map(str, unknown))[:40]!r}")
@@ -81,7 +81,7 @@ def from_map(cls: type[_T], fields: Any, _depth: int = 0) -> _T:
 
 
 @functools.cache
-def _hints(cls: type[Any]) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 

@@ -1,0 +1,227 @@
+"""Messages between a daemon and its stage worker, and from a job's owner to both.
+
+Commands go owner -> daemon -> worker, events the other way. On the pipe between
+daemon and worker each message is its length (4 bytes, big endian) and a msgpack
+map `{"type": class name, ...fields}`.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from confidantd.errors import ProtocolError
+from confidantd.ids import DeviceId, Digest
+from confidantd.wire.codec import from_map, pack, to_map, unpack
+from confidantd.wire.stage import StageAssignment
+
+_M = TypeVar("_M")
+LENGTH = struct.Struct(">I")
+MAX_PIPE_BYTES = 64 * 1024 * 1024  # the token ids of one step, far below this
+
+
+@dataclass(frozen=True, slots=True)
+class BlobRange:
+    """Where the bytes of a blob lie on this device."""
+
+    path: str
+    offset: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """First command: what to compute, where its blobs are, where to listen for other stages."""
+
+    assignment: StageAssignment
+    home: str
+    hosts: tuple[str, ...]
+    blobs: dict[Digest, BlobRange]
+
+
+@dataclass(frozen=True, slots=True)
+class StageAddress:
+    """Where the worker of a stage listens, and whose certificate it must show."""
+
+    stage: int
+    device: DeviceId
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Connect:
+    """Second command: the workers of all stages."""
+
+    stages: tuple[StageAddress, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainStep:
+    """One optimizer step. `tokens`: int32 ids [B, S] for the first and the head stage, else empty.
+
+    `scale` is 1 / predicted positions of the batch; `max_grad_norm` 0 means no clipping.
+    """
+
+    step: int
+    learning_rate: float
+    max_grad_norm: float
+    scale: float
+    tokens: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluate:
+    """Forward only over `microbatches` microbatches of b sequences; int32 ids as in `TrainStep`."""
+
+    request: int
+    microbatches: int
+    tokens: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """Generate after `prompt` (token ids; empty for stages between the ends)."""
+
+    sequence: int
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    end_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Collect:
+    """Write the trained tensors as files into `folder`, which the daemon filled in."""
+
+    folder: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End the worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """The data-plane listener is up."""
+
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Weights and programs are in memory; bytes by kind."""
+
+    resident_bytes: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """Every link of this stage is up."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """One step is applied here. `loss` and `gradient_norm` come from the head and stage 0."""
+
+    step: int
+    loss: float | None
+    gradient_norm: float | None
+    busy_seconds: float
+    wall_seconds: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """The head stage's sum of negative log-likelihoods (nats) over `count` positions."""
+
+    request: int
+    loss_sum: float
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token; `finished` is empty, `stop` (an end token) or `length`."""
+
+    sequence: int
+    token: int
+    finished: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedTensor:
+    """One trained tensor, float32 in C order, in the file `path`; `digest` once it is stored."""
+
+    name: str
+    shape: tuple[int, ...]
+    path: str
+    digest: Digest | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """Answer to `Collect`."""
+
+    tensors: tuple[TrainedTensor, ...]
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The worker cannot go on; fields as in `ConfidantError.to_wire`."""
+
+    code: str
+    message: str
+    hint: str
+
+
+Command = Load | Connect | TrainStep | Evaluate | Decode | Collect | Stop
+Event = (
+    Listening | Loaded | Connected | StepDone | Evaluated | Token | Collected | Failed
+)
+_COMMANDS: dict[str, type[Command]] = {
+    c.__name__: c for c in (Load, Connect, TrainStep, Evaluate, Decode, Collect, Stop)
+}
+_EVENTS: dict[str, type[Event]] = {
+    e.__name__: e
+    for e in (Listening, Loaded, Connected, StepDone, Evaluated, Token, Collected, Failed)
+}
+
+
+def message_map(message: Command | Event) -> dict[str, Any]:
+    """The message as a map with its type."""
+    return {"type": type(message).__name__, **to_map(message)}
+
+
+def command_from(fields: dict[str, Any]) -> Command:
+    """The command in a map; `ProtocolError` if there is none."""
+    return _from(_COMMANDS, fields)
+
+
+def event_from(fields: dict[str, Any]) -> Event:
+    """The event in a map; `ProtocolError` if there is none."""
+    return _from(_EVENTS, fields)
+
+
+def _from(kinds: dict[str, type[_M]], fields: dict[str, Any]) -> _M:
+    kind = kinds.get(str(fields.get("type")))
+    if kind is None:
+        raise ProtocolError("a worker message has an unknown type")
+    return from_map(kind, {key: value for key, value in fields.items() if key != "type"})
+
+
+def encode_message(message: Command | Event) -> bytes:
+    """Length and map, as written to the pipe."""
+    data = pack(message_map(message))
+    return LENGTH.pack(len(data)) + data
+
+
+def decode_message(data: bytes) -> dict[str, Any]:
+    """The map of one message read from the pipe."""
+    return unpack(data, max_bytes=MAX_PIPE_BYTES)

@@ -1,0 +1,113 @@
+"""One stage's share of generation: hidden states go down the pipeline, tokens come back.
+
+Stage 0 feeds the prompt and then every chosen token; each stage answers whatever
+arrives; the head stage chooses the token, reports it and sends it to stage 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from confidantd.engine.decode_stage import DecodeStage
+from confidantd.engine.sampling import Sampler
+from confidantd.wire.frames import FrameKind
+from confidantd.wire.stage import StageAssignment
+from confidantd.wire.worker import Decode, Token
+from confidantd.worker.exchange import Exchange, as_array
+
+PREFILL_CHUNK_TOKENS = 256  # bounds the attention workspace and lets stages overlap in prefill
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """What the head stage knows of a sequence."""
+
+    command: Decode
+    sampler: Sampler
+    produced: int = 0
+
+
+class Generator:
+    """Serves generation on one stage until it is cancelled."""
+
+    def __init__(
+        self,
+        place: StageAssignment,
+        stage: DecodeStage,
+        exchange: Exchange,
+        report: Callable[[Token], None],
+    ) -> None:
+        self._place = place
+        self._stage = stage
+        self._exchange = exchange
+        self._report = report
+        self._sequences: dict[int, asyncio.Future[_Sequence]] = {}
+
+    async def start(self, command: Decode) -> None:
+        """Take on a sequence; stage 0 runs its prompt through the pipeline."""
+        sampler = Sampler(command.temperature, command.top_p, command.seed)
+        self._sequence(command.sequence).set_result(_Sequence(command, sampler))
+        if self._place.spec.embedding:
+            prompt = np.array([command.prompt], dtype=np.int64)
+            for start in range(0, prompt.shape[1], PREFILL_CHUNK_TOKENS):
+                chunk = prompt[:, start : start + PREFILL_CHUNK_TOKENS]
+                last = start + PREFILL_CHUNK_TOKENS >= prompt.shape[1]
+                await self._forward(command.sequence, chunk, last=last)
+
+    async def serve(self) -> None:
+        """Answer frames from other stages, for ever."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._serve_hidden(), name="hidden")
+            group.create_task(self._serve_tokens(), name="tokens")
+
+    async def _serve_hidden(self) -> None:
+        while True:
+            frame, payload = await self._exchange.links.inbox.next(FrameKind.HIDDEN)
+            await self._forward(frame.step, as_array(frame, payload), last=bool(frame.microbatch))
+
+    async def _serve_tokens(self) -> None:
+        while True:
+            frame, payload = await self._exchange.links.inbox.next(FrameKind.TOKEN)
+            token = as_array(frame, payload).astype(np.int64).reshape(1, 1)
+            await self._forward(frame.step, token, last=True)
+
+    async def _forward(self, sequence: int, x: NDArray[np.generic], *, last: bool) -> None:
+        """One step of this stage; `last` says that the head shall choose a token after it."""
+        y = await self._exchange.compute(self._stage.forward, sequence, x)
+        if not self._place.spec.head:
+            target = self._place.stage + 1
+            await self._exchange.send(target, FrameKind.HIDDEN, sequence, int(last), y)
+        elif last:
+            await self._choose(await self._sequence(sequence), y)
+
+    def _sequence(self, sequence: int) -> asyncio.Future[_Sequence]:
+        """The sequence, once its command is here: hidden states may overtake the command."""
+        if sequence not in self._sequences:
+            self._sequences[sequence] = asyncio.get_running_loop().create_future()
+        return self._sequences[sequence]
+
+    async def _choose(self, sequence: _Sequence, logits: NDArray[np.float32]) -> None:
+        """Pick the next token, report it, and feed it back unless the sequence ends."""
+        command = sequence.command
+        while True:
+            token = sequence.sampler.pick(logits)
+            sequence.produced += 1
+            finished = ""
+            if token in command.end_tokens:
+                finished = "stop"
+            elif sequence.produced >= command.max_new_tokens:
+                finished = "length"
+            self._report(Token(command.sequence, token, finished))
+            if finished:
+                return
+            if not self._place.spec.embedding:
+                data = np.array([token], dtype=np.int64)
+                await self._exchange.send(0, FrameKind.TOKEN, command.sequence, 0, data)
+                return
+            fed = np.array([[token]], dtype=np.int64)
+            logits = await self._exchange.compute(self._stage.forward, command.sequence, fed)
