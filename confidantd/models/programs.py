@@ -1,0 +1,47 @@
+"""Which programs a job needs, and the key under which they are cached."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+from confidantd.ids import Digest, digest_of
+from confidantd.models.spec import ProgramRequest
+from confidantd.wire.codec import to_map
+
+COMPILER_VERSION = "1"  # raise it whenever the compiler would write other programs
+
+_TRAIN = (
+    "embedding_forward",
+    "block_forward",
+    "block_backward",
+    "head_loss",
+    "head_backward",
+)
+_GENERATE = ("embedding_decode", "block_decode", "head_logits")
+
+
+def canonical_request(request: ProgramRequest) -> ProgramRequest:
+    """The request without what does not change a program, so that more jobs share them."""
+    model = dataclasses.replace(
+        request.model, family="", layers=1, end_tokens=(), tied=False, max_positions=0
+    )
+    if request.model.positions == "learned":
+        model = dataclasses.replace(model, max_positions=request.model.max_positions)
+    if request.purpose == "generate":
+        return ProgramRequest(model, "generate")
+    lora = request.lora if request.method == "lora" else None
+    return dataclasses.replace(request, model=model, lora=lora)
+
+
+def request_key(request: ProgramRequest) -> Digest:
+    """Equal for requests that give the same programs with this version of the compiler."""
+    plain = [COMPILER_VERSION, to_map(canonical_request(request))]
+    return digest_of(json.dumps(plain, sort_keys=True).encode())
+
+
+def program_names(request: ProgramRequest) -> tuple[str, ...]:
+    """The programs of a request; a frozen embedding needs no backward."""
+    if request.purpose == "generate":
+        return _GENERATE
+    return _TRAIN if request.method == "lora" else (*_TRAIN, "embedding_backward")
