@@ -9,6 +9,7 @@ from confidantd.ids import Digest, digest_of
 from confidantd.models.spec import ProgramRequest
 from confidantd.wire.codec import to_map
 
+MANIFEST_KEY = "confidant.manifest"  # in the metadata of a program: its inputs and outputs
 COMPILER_VERSION = "1"  # raise it whenever the compiler would write other programs
 
 _TRAIN = (
@@ -24,13 +25,15 @@ _GENERATE = ("embedding_decode", "block_decode", "head_logits")
 def canonical_request(request: ProgramRequest) -> ProgramRequest:
     """The request without what does not change a program, so that more jobs share them."""
     model = dataclasses.replace(
-        request.model, family="", layers=1, end_tokens=(), tied=False, max_positions=0
+        request.model, layers=1, end_tokens=(), tied=False, max_positions=0
     )
     if request.model.positions == "learned":
         model = dataclasses.replace(model, max_positions=request.model.max_positions)
     if request.purpose == "generate":
         return ProgramRequest(model, "generate")
     lora = request.lora if request.method == "lora" else None
+    if lora is not None:
+        lora = dataclasses.replace(lora, targets=tuple(sorted(set(lora.targets))))
     return dataclasses.replace(request, model=model, lora=lora)
 
 

@@ -1,0 +1,148 @@
+"""A torch program to the bytes of an ONNX file, the same bytes on every run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from google.protobuf.message import Message
+from torch import Tensor
+from torch._decomp import core_aten_decompositions
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from confidantd.compiler.program import Port, Program
+from confidantd.errors import CompileError
+from confidantd.models.programs import MANIFEST_KEY
+
+OPSET = 20  # onnxruntime 1.23, the oldest that workers run, reads opset 23 and IR 11;
+IR_VERSION = 10  # these two are what the exporter writes, and are checked so that it stays so
+_EXAMPLE_SIZES = {"b": 2, "T": 3, "C": 5}  # all different and over 1: export treats 0 and 1 alike
+
+
+def export(program: Program) -> bytes:
+    """The ONNX file of a program, with its manifest in the metadata."""
+    names = [*(port.name for port in program.inputs), *program.constants]
+    model = _differentiated(program, names) if program.differentiates else _plain(program, names)
+    _freeze(model, program.constants)
+    proto = model.model_proto
+    _strip(proto)
+    entry = proto.metadata_props.add()
+    entry.key, entry.value = MANIFEST_KEY, json.dumps(_manifest(program), sort_keys=True)
+    _check(program, proto)
+    return bytes(proto.SerializeToString(deterministic=True))
+
+
+def _manifest(program: Program) -> dict[str, Any]:
+    return {
+        "program": program.name,
+        "inputs": [dataclasses.asdict(port) for port in program.inputs],
+        "outputs": [dataclasses.asdict(port) for port in program.outputs],
+    }
+
+
+def _call(program: Program, names: list[str], arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    found = program.compute(dict(zip(names, arguments, strict=True)))
+    return tuple(found[port.name] for port in program.outputs)
+
+
+def _example(port: Port) -> Tensor:
+    shape = [_EXAMPLE_SIZES[size] if isinstance(size, str) else size for size in port.shape]
+    return torch.empty(shape, dtype=getattr(torch, port.dtype))
+
+
+def _differentiated(program: Program, names: list[str]) -> Any:
+    """Trace first: the exporter cannot look into `vjp`. Fake tensors need no memory."""
+    with FakeTensorMode():
+        arguments = [_example(port) for port in program.inputs]
+        arguments += [torch.empty(constant.shape) for constant in program.constants.values()]
+
+        def flat(*values: Tensor) -> tuple[Tensor, ...]:
+            return _call(program, names, values)
+
+        trace = make_fx(flat, decomposition_table=core_aten_decompositions())
+        return _onnx(trace(*arguments), tuple(arguments), program, names, None)
+
+
+class _Module(torch.nn.Module):
+    def __init__(self, program: Program, names: list[str]) -> None:
+        super().__init__()
+        self._program = program
+        self._names = names
+
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        return _call(self._program, self._names, values)
+
+
+def _plain(program: Program, names: list[str]) -> Any:
+    arguments = (*(_example(port) for port in program.inputs), *program.constants.values())
+    free = [
+        {i: size for i, size in enumerate(port.shape) if isinstance(size, str)}
+        for port in program.inputs
+    ]
+    dynamic = None
+    if any(free):
+        dims = {size: torch.export.Dim(size) for sizes in free for size in sizes.values()}
+        shapes = [{i: dims[size] for i, size in sizes.items()} for sizes in free]
+        dynamic = ((*shapes, *({} for _ in program.constants)),)
+    return _onnx(_Module(program, names).eval(), arguments, program, names, dynamic)
+
+
+def _onnx(
+    module: torch.nn.Module,
+    arguments: tuple[Tensor, ...],
+    program: Program,
+    names: list[str],
+    dynamic: Any,
+) -> Any:
+    outputs = [port.name for port in program.outputs]
+    return torch.onnx.export(
+        module,
+        arguments,
+        input_names=names,
+        output_names=outputs,
+        opset_version=OPSET,
+        dynamic_shapes=dynamic,
+        dynamo=True,
+        verbose=False,
+    )
+
+
+def _freeze(model: Any, constants: Mapping[str, Tensor]) -> None:
+    """Turn inputs that stand for constants into initializers."""
+    import onnx_ir
+
+    graph = model.model.graph
+    for value in list(graph.inputs):
+        if value.name in constants:
+            value.const_value = onnx_ir.tensor(constants[value.name].numpy(), name=value.name)
+            graph.inputs.remove(value)
+            graph.register_initializer(value)
+
+
+def _strip(message: Message) -> None:
+    """Remove what the exporter adds for debugging: it holds paths, and differs between runs."""
+    for field, value in message.ListFields():
+        if field.name in ("doc_string", "metadata_props"):
+            message.ClearField(field.name)
+        elif field.message_type is not None:
+            for part in value if hasattr(value, "__len__") else (value,):
+                _strip(part)
+
+
+def _check(program: Program, proto: Any) -> None:
+    opsets = {entry.domain: entry.version for entry in proto.opset_import}
+    if opsets.get("", 0) > OPSET or proto.ir_version > IR_VERSION or len(opsets) != 1:
+        raise CompileError(
+            f"{program.name}: the exporter wrote opset {opsets}, IR {proto.ir_version}",
+            "install the torch version that this release was tested with",
+        )
+    for kind, expected, found in (
+        ("inputs", program.inputs, proto.graph.input),
+        ("outputs", program.outputs, proto.graph.output),
+    ):
+        if [port.name for port in expected] != [value.name for value in found]:
+            raise CompileError(f"{program.name}: the exporter changed the {kind}")

@@ -1,0 +1,186 @@
+"""The programs of a training job: static shapes [b, S], backward by torch's own autodiff.
+
+Backward programs recompute their forward: they take a block's input x, the gradient
+dy of its output, and the weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from confidantd.compiler import maths
+from confidantd.compiler.program import Port, Program, Values, gradients, ports
+from confidantd.models.layout import (
+    Parameter,
+    block_layout,
+    embedding_layout,
+    head_layout,
+    lora_layout,
+)
+from confidantd.models.spec import BlockSpec, ProgramRequest
+from confidantd.models.tensors import target_linears
+
+IGNORED_LABEL = -100  # as in torch.nn.functional.cross_entropy
+
+
+def training_programs(request: ProgramRequest) -> list[Program]:
+    """Every program of the request."""
+    programs = [_embedding_forward(request), *_blocks(request), *_head(request)]
+    if request.method == "full":
+        programs.append(_embedding_backward(request))
+    return programs
+
+
+def _hidden(request: ProgramRequest, name: str, role: str = "activation") -> Port:
+    shape = (request.microbatch_size, request.sequence_length, request.model.block.hidden)
+    return Port(name, "gradient" if role == "gradient" else "activation", shape)
+
+
+def _ids(request: ProgramRequest, name: str) -> Port:
+    shape = (request.microbatch_size, request.sequence_length)
+    return Port(name, "labels" if name == "labels" else "ids", shape, "int64")
+
+
+def embed(ids: Tensor, weights: Values) -> Tensor:
+    """Token vectors [B, S, D], plus those of positions 0..S-1 if they are learned."""
+    x = functional.embedding(ids, weights["embedding.weight"])
+    if "positions.weight" in weights:
+        x = x + weights["positions.weight"][: ids.shape[1]]
+    return x
+
+
+def _embedding_forward(request: ProgramRequest) -> Program:
+    return Program(
+        "embedding_forward",
+        (_ids(request, "ids"), *ports(embedding_layout(request.model))),
+        (_hidden(request, "y"),),
+        lambda values: {"y": embed(values["ids"], values)},
+    )
+
+
+def _embedding_backward(request: ProgramRequest) -> Program:
+    layout = embedding_layout(request.model)
+
+    def compute(values: Values) -> Values:
+        # the gradient of a lookup does not depend on the table, so zeros stand in for it
+        tables = {p.name: torch.zeros(p.shape) for p in layout}
+        _, backward = torch.func.vjp(lambda t: embed(values["ids"], t), tables)
+        (found,) = backward(values["dy"])
+        return {f"gradient.{name}": tensor for name, tensor in found.items()}
+
+    inputs = (_hidden(request, "dy", "gradient"), _ids(request, "ids"))
+    outputs = gradients(layout)
+    return Program("embedding_backward", inputs, outputs, compute, differentiates=True)
+
+
+def block(x: Tensor, weights: Values, spec: BlockSpec, lora_scale: float) -> Tensor:
+    """One block over whole sequences x [B, S, D]; `weights` also has the rotary tables."""
+    h = maths.norm(x, "norm1", weights, spec)
+    q, k, v = (
+        t.transpose(1, 2) for t in maths.query_key_value(h, weights, spec, lora_scale)
+    )  # [B, heads, S, d]
+    if spec.rope is not None:
+        cosine, sine = weights["cosine"], weights["sine"]
+        q, k = maths.rotate(q, cosine, sine), maths.rotate(k, cosine, sine)
+    scores = maths.grouped(q, spec) @ k.transpose(-1, -2) * spec.head_dim**-0.5
+    positions = torch.arange(x.shape[1])
+    later = positions.unsqueeze(0) > positions.unsqueeze(1)
+    o = maths.merge_heads(maths.masked_softmax(scores, later, spec) @ v, spec)
+    x = x + maths.linear(o, "o", weights, lora_scale)
+    return maths.mlp(x, weights, spec, lora_scale)
+
+
+def _blocks(request: ProgramRequest) -> tuple[Program, Program]:
+    spec, lora = request.model.block, request.lora
+    scale = lora.scale if lora is not None else 0.0
+    layout, adapter = block_layout(spec), _adapter_layout(request)
+    trained = [p.name for p in (adapter if lora is not None else layout)]
+
+    def backward(values: Values) -> Values:
+        moving = {name: values[name] for name in ("x", *trained)}
+        _, vjp = torch.func.vjp(
+            lambda m: block(m["x"], {**values, **m}, spec, scale), moving
+        )
+        (found,) = vjp(values["dy"])
+        return {"dx": found["x"]} | {f"gradient.{name}": found[name] for name in trained}
+
+    inputs = (*ports(layout), *ports(adapter, "adapter"))
+    forward_program = Program(
+        "block_forward",
+        (_hidden(request, "x"), *inputs),
+        (_hidden(request, "y"),),
+        lambda values: {"y": block(values["x"], values, spec, scale)},
+        _rope_tables(request),
+    )
+    backward_program = Program(
+        "block_backward",
+        (_hidden(request, "dy", "gradient"), _hidden(request, "x"), *inputs),
+        (_hidden(request, "dx", "gradient"), *gradients(adapter if lora is not None else layout)),
+        backward,
+        _rope_tables(request),
+        differentiates=True,
+    )
+    return forward_program, backward_program
+
+
+def _adapter_layout(request: ProgramRequest) -> tuple[Parameter, ...]:
+    if request.lora is None:
+        return ()
+    found = target_linears(request.model, request.lora.targets)
+    return tuple(p for linear in found for p in lora_layout(linear, request.lora))
+
+
+def _rope_tables(request: ProgramRequest) -> dict[str, Tensor]:
+    spec = request.model.block
+    if spec.rope is None:
+        return {}
+    positions = torch.arange(request.sequence_length, dtype=torch.float32)
+    frequencies = maths.rope_frequencies(spec.rope, spec.head_dim)
+    cosine, sine = maths.rope_tables(torch.outer(positions, frequencies))
+    return {"cosine": cosine, "sine": sine}
+
+
+def next_token_loss(x: Tensor, labels: Tensor, weights: Values, spec: BlockSpec) -> Tensor:
+    """Summed negative log-likelihood (nats) of labels [B, S] one position ahead; scalar."""
+    h = maths.norm(x[:, :-1], "norm", weights, spec)
+    log_probabilities = torch.log_softmax(h @ weights["head.weight"].t(), -1)
+    target = labels[:, 1:]
+    counted = target != IGNORED_LABEL
+    found = log_probabilities.gather(-1, torch.where(counted, target, 0).unsqueeze(-1))
+    return -(found.squeeze(-1) * counted).sum()
+
+
+def _head(request: ProgramRequest) -> tuple[Program, Program]:
+    spec, layout = request.model.block, head_layout(request.model)
+    trained = [p.name for p in layout] if request.method == "full" else []
+
+    def backward(values: Values) -> Values:
+        moving = {name: values[name] for name in ("x", *trained)}
+        loss, vjp = torch.func.vjp(
+            lambda m: values["scale"]
+            * next_token_loss(m["x"], values["labels"], {**values, **m}, spec),
+            moving,
+        )
+        (found,) = vjp(torch.ones_like(loss))
+        named = {f"gradient.{name}": found[name] for name in trained}
+        return {"loss": loss, "dx": found["x"]} | named
+
+    x, labels, weights = _hidden(request, "x"), _ids(request, "labels"), ports(layout)
+    loss = Port("loss", "loss", ())
+    return (
+        Program(
+            "head_loss",
+            (x, labels, *weights),
+            (loss,),
+            lambda v: {"loss": next_token_loss(v["x"], v["labels"], v, spec)},
+        ),
+        Program(
+            "head_backward",
+            (x, labels, Port("scale", "scale", ()), *weights),
+            (loss, _hidden(request, "dx", "gradient"), *gradients(layout if trained else ())),
+            backward,
+            differentiates=True,
+        ),
+    )
