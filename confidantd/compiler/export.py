@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from google.protobuf.message import Message
 from torch import Tensor
 from torch._decomp import core_aten_decompositions
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -63,7 +62,7 @@ def _differentiated(program: Program, names: list[str]) -> Any:
         def flat(*values: Tensor) -> tuple[Tensor, ...]:
             return _call(program, names, values)
 
-        trace = make_fx(flat, decomposition_table=core_aten_decompositions())
+        trace = make_fx(flat, decomposition_table=dict(core_aten_decompositions()))
         return _onnx(trace(*arguments), tuple(arguments), program, names, None)
 
 
@@ -123,7 +122,7 @@ def _freeze(model: Any, constants: Mapping[str, Tensor]) -> None:
             graph.register_initializer(value)
 
 
-def _strip(message: Message) -> None:
+def _strip(message: Any) -> None:
     """Remove what the exporter adds for debugging: it holds paths, and differs between runs."""
     for field, value in message.ListFields():
         if field.name in ("doc_string", "metadata_props"):

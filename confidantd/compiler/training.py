@@ -6,6 +6,9 @@ dy of its output, and the weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -23,6 +26,12 @@ from confidantd.models.spec import BlockSpec, ProgramRequest
 from confidantd.models.tensors import target_linears
 
 IGNORED_LABEL = -100  # as in torch.nn.functional.cross_entropy
+
+
+def _vjp(function: Callable[[Values], Tensor], values: dict[str, Tensor]) -> tuple[Tensor, Any]:
+    """The value of `function`, and the function from its gradient to those of `values`."""
+    found: Any = torch.func.vjp(function, values)
+    return found[0], lambda gradient: found[1](gradient)[0]
 
 
 def training_programs(request: ProgramRequest) -> list[Program]:
@@ -66,8 +75,8 @@ def _embedding_backward(request: ProgramRequest) -> Program:
     def compute(values: Values) -> Values:
         # the gradient of a lookup does not depend on the table, so zeros stand in for it
         tables = {p.name: torch.zeros(p.shape) for p in layout}
-        _, backward = torch.func.vjp(lambda t: embed(values["ids"], t), tables)
-        (found,) = backward(values["dy"])
+        _, backward = _vjp(lambda t: embed(values["ids"], t), tables)
+        found = backward(values["dy"])
         return {f"gradient.{name}": tensor for name, tensor in found.items()}
 
     inputs = (_hidden(request, "dy", "gradient"), _ids(request, "ids"))
@@ -100,10 +109,8 @@ def _blocks(request: ProgramRequest) -> tuple[Program, Program]:
 
     def backward(values: Values) -> Values:
         moving = {name: values[name] for name in ("x", *trained)}
-        _, vjp = torch.func.vjp(
-            lambda m: block(m["x"], {**values, **m}, spec, scale), moving
-        )
-        (found,) = vjp(values["dy"])
+        _, vjp = _vjp(lambda m: block(m["x"], {**values, **m}, spec, scale), moving)
+        found = vjp(values["dy"])
         return {"dx": found["x"]} | {f"gradient.{name}": found[name] for name in trained}
 
     inputs = (*ports(layout), *ports(adapter, "adapter"))
@@ -158,12 +165,13 @@ def _head(request: ProgramRequest) -> tuple[Program, Program]:
 
     def backward(values: Values) -> Values:
         moving = {name: values[name] for name in ("x", *trained)}
-        loss, vjp = torch.func.vjp(
-            lambda m: values["scale"]
-            * next_token_loss(m["x"], values["labels"], {**values, **m}, spec),
+        loss, vjp = _vjp(
+            lambda m: (
+                values["scale"] * next_token_loss(m["x"], values["labels"], {**values, **m}, spec)
+            ),
             moving,
         )
-        (found,) = vjp(torch.ones_like(loss))
+        found = vjp(torch.ones_like(loss))
         named = {f"gradient.{name}": found[name] for name in trained}
         return {"loss": loss, "dx": found["x"]} | named
 

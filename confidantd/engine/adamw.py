@@ -1,0 +1,64 @@
+"""AdamW in numpy, in place, with the arithmetic of `torch.optim.AdamW` (single tensor form)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from confidantd.engine.tensors import Floats
+from confidantd.wire.stage import OptimizerSpec
+
+CHUNK_ELEMENTS = 1 << 16  # seven arrays of 256 KiB: temporaries stay small and in cache
+
+
+class Moments:
+    """Both running averages of one weight's gradient; zero at first."""
+
+    def __init__(self, weight: Floats) -> None:
+        self.first = np.zeros(weight.size, np.float32)
+        self.second = np.zeros(weight.size, np.float32)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of both."""
+        return self.first.nbytes + self.second.nbytes
+
+
+def update(
+    weight: Floats,
+    gradient: Floats,
+    moments: Moments,
+    optimizer: OptimizerSpec,
+    learning_rate: float,
+    clip_coefficient: float,
+    step: int,
+) -> None:
+    """Step number `step` (from 1) with gradient * clip_coefficient; all arrays C order."""
+    flat_weight, flat_gradient = weight.reshape(-1), gradient.reshape(-1)
+    correction1 = 1 - optimizer.beta1**step
+    correction2_root = np.float32((1 - optimizer.beta2**step) ** 0.5)
+    step_size = np.float32(learning_rate / correction1)
+    decay = np.float32(1 - learning_rate * optimizer.weight_decay)
+    for start in range(0, flat_weight.size, CHUNK_ELEMENTS):
+        part = slice(start, start + CHUNK_ELEMENTS)
+        w, m, v = flat_weight[part], moments.first[part], moments.second[part]
+        g = flat_gradient[part] * np.float32(clip_coefficient)
+        w *= decay
+        m += (g - m) * np.float32(1 - optimizer.beta1)
+        v *= np.float32(optimizer.beta2)
+        v += g * g * np.float32(1 - optimizer.beta2)
+        denominator = np.sqrt(v)
+        denominator /= correction2_root
+        denominator += np.float32(optimizer.epsilon)
+        np.divide(m, denominator, out=denominator)
+        denominator *= step_size
+        w -= denominator
+
+
+def square_sum(gradient: Floats) -> float:
+    """Sum of squares, accumulated in float64."""
+    flat = gradient.reshape(-1)
+    total = 0.0
+    for start in range(0, flat.size, CHUNK_ELEMENTS):
+        part = flat[start : start + CHUNK_ELEMENTS].astype(np.float64)
+        total += float(part @ part)
+    return total

@@ -1,0 +1,117 @@
+"""One stage of a model in generation, with a KV cache per sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from confidantd.engine.kv_cache import SequenceCache
+from confidantd.engine.lora import merge
+from confidantd.engine.program import load_programs
+from confidantd.engine.tensors import Floats, Reader, load
+from confidantd.errors import WorkerError
+from confidantd.models.tensors import block_sources, embedding_sources, head_sources
+from confidantd.wire.stage import StageSpec
+
+Weights = dict[str, Floats]
+
+
+class DecodeStage:
+    """Blocks [first, past last) of a model, with embedding and head where it has them.
+
+    An adapter (`spec.lora` and `read_adapter`) is merged into the weights at load.
+    """
+
+    def __init__(
+        self,
+        spec: StageSpec,
+        programs: Mapping[str, Path],
+        read: Reader,
+        read_adapter: Reader | None,
+        threads: int,
+    ) -> None:
+        self._spec = spec
+        self._programs = load_programs(programs, _needed(spec), threads)
+        self._embedding: Weights = {}
+        if spec.embedding:
+            self._embedding = _load(embedding_sources(spec.model), read)
+        layers = range(spec.first_layer, spec.past_last_layer)
+        self._blocks = [_load(block_sources(spec.model, layer), read) for layer in layers]
+        if spec.lora is not None and read_adapter is not None:
+            for layer, weights in zip(layers, self._blocks, strict=True):
+                merge(weights, spec.model, spec.lora, layer, read_adapter)
+        self._head = self._load_head(read) if spec.head else {}
+        self._sequences: dict[int, SequenceCache] = {}
+
+    def _load_head(self, read: Reader) -> Weights:
+        *norm, table = head_sources(self._spec.model)
+        if self._spec.model.tied and self._spec.embedding:
+            return _load(norm, read) | {"head.weight": self._embedding["embedding.weight"]}
+        return _load((*norm, table), read)
+
+    def forward(self, sequence: int, x: NDArray[Any]) -> Floats:
+        """Ids [1, T] (embedding stage) or hidden states [1, T, D] that follow what the
+        sequence's cache holds. Gives hidden states [1, T, D]; on the head stage the logits [V]
+        of the last position.
+        """
+        cache = self._sequences.get(sequence)
+        if cache is None:
+            cache = self._sequences[sequence] = SequenceCache(self._spec.model.block)
+        past, steps = cache.length, x.shape[1]
+        self._check_room(past + steps)
+        position = {"past": np.array(past, np.int64)}
+        if self._spec.embedding:
+            feeds = position | {"ids": x}
+            x = self._programs["embedding_decode"].run(feeds, self._embedding)["y"]
+        for layer, weights in enumerate(self._blocks):
+            key, value = cache.buffers(layer)
+            feeds = position | {"x": x, "past_key": key, "past_value": value}
+            found = self._programs["block_decode"].run(feeds, weights)
+            cache.append(layer, found["key"], found["value"])
+            x = found["y"]
+        cache.length = past + steps
+        if not self._spec.head:
+            return x
+        logits: Floats = self._programs["head_logits"].run({"x": x[:, -1:]}, self._head)["logits"][
+            0
+        ]
+        return logits
+
+    def _check_room(self, length: int) -> None:
+        model = self._spec.model
+        if model.positions == "learned" and length > model.max_positions:
+            raise WorkerError(
+                f"the sequence has {length} tokens, the model takes {model.max_positions}",
+                "ask for fewer new tokens or give a shorter prompt",
+            )
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget what the sequence's cache holds after its first `length` positions."""
+        cache = self._sequences.get(sequence)
+        if cache is not None:
+            cache.length = min(cache.length, length)
+
+    def release(self, sequence: int) -> None:
+        """Drop the sequence's cache."""
+        self._sequences.pop(sequence, None)
+
+    def resident_bytes(self) -> dict[str, int]:
+        """Memory by kind: weights (each array once) and cache."""
+        groups = (self._embedding, *self._blocks, self._head)
+        arrays = {id(a): a.nbytes for weights in groups for a in weights.values()}
+        cached = sum(cache.bytes for cache in self._sequences.values())
+        return {"weights": sum(arrays.values()), "cache": cached}
+
+
+def _load(sources: Any, read: Reader) -> Weights:
+    return {source.parameter.name: load(source, read, writable=False) for source in sources}
+
+
+def _needed(spec: StageSpec) -> set[str]:
+    names = {"block_decode"} if spec.past_last_layer > spec.first_layer else set()
+    names |= {"embedding_decode"} if spec.embedding else set()
+    return names | ({"head_logits"} if spec.head else set())

@@ -1,0 +1,53 @@
+"""Checkpoint tensors as numpy arrays, without a safetensors library."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from confidantd.errors import CorruptFileError, ModelError
+from confidantd.models.tensors import Source
+
+Floats = NDArray[np.float32]
+Reader = Callable[[str], NDArray[Any]]  # the tensor of a Hugging Face (or peft) name
+
+_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+
+def tensor_from_file(path: Path, offset: int, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    """The tensor at `offset` of a file; a read-only memory map, except that BF16, which
+    numpy lacks, is converted to float32.
+    """
+    if dtype not in _DTYPES:
+        raise ModelError(f"{path}: dtype {dtype:.20} cannot be computed with")
+    stored = np.dtype(_DTYPES[dtype])
+    try:
+        if path.stat().st_size < offset + math.prod(shape) * stored.itemsize:
+            raise CorruptFileError(f"{path} is shorter than its tensor")
+        if math.prod(shape) == 0:
+            return np.zeros(shape, np.float32)
+        mapped = np.memmap(path, stored, mode="r", offset=offset, shape=shape)
+    except OSError as failure:
+        raise ModelError(f"cannot read {path} ({failure.strerror})") from None
+    if dtype == "BF16":
+        return (mapped.astype(np.uint32) << 16).view(np.float32)
+    return mapped
+
+
+def load(source: Source, read: Reader, *, writable: bool) -> Floats:
+    """A parameter in its program's layout: float32, C order.
+
+    One that is not written to stays a memory map of its file where that has this layout.
+    """
+    stored = read(source.name)
+    if stored.shape != source.shape:
+        raise ModelError(f"{source.name} has shape {stored.shape}, expected {source.shape}")
+    turned = stored.T if source.transposed else stored
+    if writable:
+        return np.array(turned, dtype=np.float32, order="C")
+    return np.require(turned, np.float32, ("C", "ALIGNED"))

@@ -1,0 +1,178 @@
+"""One stage of a model in training: forward, backward and optimizer on numpy arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from confidantd.engine.program import load_programs
+from confidantd.engine.tensors import Floats, Reader
+from confidantd.engine.trained_weights import StageWeights
+from confidantd.errors import WorkerError
+from confidantd.wire.stage import StageSpec
+
+Array = NDArray[Any]
+IGNORED_LABEL = -100
+
+
+@dataclass(slots=True)
+class _Kept:
+    """What the backward of a microbatch needs: ids, the input of each block and of the head."""
+
+    ids: Array | None = None
+    inputs: list[Floats] = field(default_factory=list)
+
+
+class TrainStage:
+    """Blocks [first, past last) of a model, with embedding and head where it has them.
+
+    B rows, S tokens, D hidden, V vocabulary; ids and labels are int64 [B, S], hidden
+    states float32 [B, S, D]. `read` gives checkpoint tensors by Hugging Face name,
+    `read_adapter` the `peft` tensors to start from (None: a fresh adapter).
+    """
+
+    def __init__(
+        self,
+        spec: StageSpec,
+        programs: Mapping[str, Path],
+        read: Reader,
+        read_adapter: Reader | None,
+        threads: int,
+    ) -> None:
+        self._spec = spec
+        self._programs = load_programs(programs, _needed(spec), threads)
+        self._weights = StageWeights(spec, read, read_adapter)
+        self._kept: dict[int, _Kept] = {}
+        self._labels: dict[int, tuple[Array, Array]] = {}
+        self._loss = 0.0
+        self._step = 0
+
+    def forward(self, microbatch: int, x: Array) -> Floats | None:
+        """Ids on the embedding stage, else hidden states; gives hidden states, or None on the
+        head stage. Keeps what the microbatch's backward needs.
+        """
+        kept = self._kept[microbatch] = _Kept(ids=x if self._spec.embedding else None)
+        x = self._enter(x)
+        for block in self._weights.blocks:
+            kept.inputs.append(x)
+            x = self._programs["block_forward"].run({"x": x}, block.weights)["y"]
+        if self._spec.head:
+            kept.inputs.append(x)
+            return None
+        return x
+
+    def _enter(self, x: Array) -> Array:
+        if not self._spec.embedding:
+            return x
+        group = self._weights.embedding
+        return self._programs["embedding_forward"].run({"ids": x}, group.weights)["y"]
+
+    def set_labels(self, microbatch: int, labels: Array, scale: float) -> None:
+        """Head stage, before backward: labels (-100 does not count), and the factor of the
+        summed loss, 1 / predicted positions of the whole batch.
+        """
+        self._labels[microbatch] = (labels, np.array(scale, np.float32))
+
+    def backward(self, microbatch: int, dy: Floats | None) -> Floats | None:
+        """Gradient of the loss by this stage's output (None on the head stage) to that by its
+        input (None on the embedding stage). Adds to the weights' gradients.
+        """
+        kept = self._kept.pop(microbatch, None)
+        if kept is None:
+            raise WorkerError(f"backward of microbatch {microbatch} came before its forward")
+        dx = self._head_backward(microbatch, kept.inputs.pop()) if self._spec.head else dy
+        if dx is None:
+            raise WorkerError("only the head stage starts a backward without a gradient")
+        for block in reversed(self._weights.blocks):
+            feeds = {"dy": dx, "x": kept.inputs.pop()}
+            found = self._programs["block_backward"].run(feeds, block.weights)
+            block.add_gradients(found)
+            dx = found["dx"]
+        if kept.ids is None:
+            return dx
+        if self._spec.training == "full":
+            found = self._programs["embedding_backward"].run({"dy": dx, "ids": kept.ids})
+            self._weights.embedding.add_gradients(found)
+        return None
+
+    def _head_backward(self, microbatch: int, x: Floats) -> Floats:
+        labels, scale = self._labels.pop(microbatch)
+        head = self._weights.head
+        feeds = {"x": x, "labels": labels, "scale": scale}
+        found = self._programs["head_backward"].run(feeds, head.weights)
+        head.add_gradients(found)
+        self._loss += float(found["loss"])
+        return found["dx"]
+
+    def loss(self) -> float:
+        """Head stage: the loss of this step's microbatches so far (already scaled)."""
+        return self._loss
+
+    def evaluate(
+        self, x: Array, labels: Array | None
+    ) -> tuple[Floats | None, tuple[float, int] | None]:
+        """Forward only, nothing kept: hidden states, or on the head stage (summed negative
+        log-likelihood in nats, number of predicted positions).
+        """
+        x = self._enter(x)
+        for block in self._weights.blocks:
+            x = self._programs["block_forward"].run({"x": x}, block.weights)["y"]
+        if not self._spec.head:
+            return x, None
+        if labels is None:
+            raise WorkerError("the head stage cannot evaluate without labels")
+        feeds = {"x": x, "labels": labels}
+        loss = self._programs["head_loss"].run(feeds, self._weights.head.weights)["loss"]
+        return None, (float(loss), int((labels[:, 1:] != IGNORED_LABEL).sum()))
+
+    def tied_gradient(self) -> Floats | None:
+        """This end's gradient [V, D] of a trained tied table whose other end is elsewhere."""
+        end = self._weights.tied_end()
+        if end is None:
+            return None
+        if end.gradient is None:
+            return np.zeros_like(end.weight)
+        return end.gradient
+
+    def add_tied_gradient(self, other: Floats) -> None:
+        """Add the other end's part. Addition commutes, so both ends hold the same bits."""
+        end = self._weights.tied_end()
+        if end is not None:
+            end.add(np.array(other) if end.gradient is None else other)
+
+    def gradient_square_sum(self) -> float:
+        """Over this stage's gradients; a tied table counts at the embedding stage only."""
+        return self._weights.gradient_square_sum()
+
+    def step(self, learning_rate: float, clip_coefficient: float) -> None:
+        """AdamW with every gradient times `clip_coefficient`; starts the next step."""
+        self._step += 1
+        self._weights.update(self._spec.optimizer, learning_rate, clip_coefficient, self._step)
+        self._loss = 0.0
+
+    def trained(self) -> Iterator[tuple[str, Floats]]:
+        """Results under Hugging Face (lora: `peft`) names and layout, float32, C order."""
+        return self._weights.results()
+
+    def resident_bytes(self) -> dict[str, int]:
+        """Memory by kind: weights, gradients, moments, kept (of microbatches in flight now)."""
+        kept = sum(a.nbytes for kept in self._kept.values() for a in kept.inputs)
+        return self._weights.resident_bytes() | {"kept": kept}
+
+
+def _needed(spec: StageSpec) -> set[str]:
+    """Names of the programs that a stage runs."""
+    names = set()
+    if spec.past_last_layer > spec.first_layer:
+        names |= {"block_forward", "block_backward"}
+    if spec.embedding:
+        names |= {"embedding_forward"}
+        names |= {"embedding_backward"} if spec.training == "full" else set()
+    if spec.head:
+        names |= {"head_loss", "head_backward"}
+    return names

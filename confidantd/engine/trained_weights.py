@@ -1,0 +1,153 @@
+"""The weights of a training stage: what programs are fed, and what the optimizer changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from confidantd.engine.adamw import Moments, square_sum, update
+from confidantd.engine.lora import load_factor
+from confidantd.engine.tensors import Floats, Reader, load
+from confidantd.models.adapter import adapter_sources
+from confidantd.models.tensors import Source, block_sources, embedding_sources, head_sources
+from confidantd.wire.stage import OptimizerSpec, StageSpec
+
+_GRADIENT = "gradient."
+
+
+@dataclass(slots=True)
+class Trained:
+    """A weight that is trained, its gradient of this step so far, and its moments."""
+
+    source: Source
+    weight: Floats
+    moments: Moments
+    gradient: Floats | None = None
+
+    def add(self, gradient: Floats) -> None:
+        """Accumulate; the first gradient of a step is kept as it is."""
+        if self.gradient is None:
+            self.gradient = np.require(gradient, np.float32, ("C", "W"))
+        else:
+            self.gradient += gradient
+
+
+@dataclass(slots=True)
+class Group:
+    """The weights of one block (or embedding, or head) by program input name."""
+
+    weights: dict[str, Floats] = field(default_factory=dict)
+    trained: dict[str, Trained] = field(default_factory=dict)
+
+    def add_gradients(self, outputs: dict[str, NDArray[np.float32]]) -> None:
+        """Accumulate the outputs called `gradient.<weight>`."""
+        for name, array in outputs.items():
+            if name.startswith(_GRADIENT):
+                self.trained[name.removeprefix(_GRADIENT)].add(array)
+
+
+class StageWeights:
+    """Every weight of a training stage; a tied table that is both ends exists once."""
+
+    def __init__(self, spec: StageSpec, read: Reader, read_adapter: Reader | None) -> None:
+        self._spec = spec
+        self._by_name: dict[str, Trained] = {}
+        self.embedding = self._group(embedding_sources(spec.model), read, there=spec.embedding)
+        self.blocks = [
+            self._block(layer, read, read_adapter)
+            for layer in range(spec.first_layer, spec.past_last_layer)
+        ]
+        self.head = Group()
+        if spec.head:
+            self.head = self._head(read)
+
+    def _group(self, sources: Iterable[Source], read: Reader, *, there: bool) -> Group:
+        group = Group()
+        if there:
+            for source in sources:
+                full = self._spec.training == "full"
+                array = load(source, read, writable=full)
+                group.weights[source.parameter.name] = array
+                if full:
+                    self._train(group, source, array)
+        return group
+
+    def _train(self, group: Group, source: Source, array: Floats) -> None:
+        trained = Trained(source, array, Moments(array))
+        group.trained[source.parameter.name] = trained
+        self._by_name[source.name] = trained
+
+    def _block(self, layer: int, read: Reader, read_adapter: Reader | None) -> Group:
+        model, lora = self._spec.model, self._spec.lora
+        group = self._group(block_sources(model, layer), read, there=True)
+        if self._spec.training == "lora" and lora is not None:
+            for source in adapter_sources(model, lora, layer):
+                array = load_factor(source, read_adapter, self._spec.seed)
+                group.weights[source.parameter.name] = array
+                self._train(group, source, array)
+        return group
+
+    def _head(self, read: Reader) -> Group:
+        *norm, table = head_sources(self._spec.model)
+        group = self._group(norm, read, there=True)
+        if self._spec.model.tied and self._spec.embedding:
+            group.weights["head.weight"] = self.embedding.weights["embedding.weight"]
+            if self._spec.training == "full":
+                group.trained["head.weight"] = self.embedding.trained["embedding.weight"]
+            return group
+        rest = self._group((table,), read, there=True)
+        return Group(group.weights | rest.weights, group.trained | rest.trained)
+
+    def tied_end(self) -> Trained | None:
+        """The trained table whose other end is on another stage."""
+        spec = self._spec
+        if not spec.model.tied or spec.training != "full" or spec.embedding == spec.head:
+            return None
+        if spec.embedding:
+            return self.embedding.trained["embedding.weight"]
+        return self.head.trained["head.weight"]
+
+    def _own(self) -> Iterator[Trained]:
+        """Trained weights; the tied table belongs to the embedding stage."""
+        foreign = None if self._spec.embedding else self.tied_end()
+        return (trained for trained in self._by_name.values() if trained is not foreign)
+
+    def gradient_square_sum(self) -> float:
+        """Over the weights that belong to this stage, in float64."""
+        return sum(square_sum(t.gradient) for t in self._own() if t.gradient is not None)
+
+    def update(
+        self, optimizer: OptimizerSpec, learning_rate: float, clip_coefficient: float, step: int
+    ) -> None:
+        """One AdamW step (numbered from 1) on every trained weight; drops the gradients."""
+        for t in self._by_name.values():
+            if t.gradient is not None:
+                update(
+                    t.weight,
+                    t.gradient,
+                    t.moments,
+                    optimizer,
+                    learning_rate,
+                    clip_coefficient,
+                    step,
+                )
+                t.gradient = None
+
+    def results(self) -> Iterator[tuple[str, Floats]]:
+        """Trained weights under their checkpoint names, in checkpoint layout."""
+        for t in self._own():
+            turned = t.weight.T if t.source.transposed else t.weight
+            yield t.source.name, np.ascontiguousarray(turned)
+
+    def resident_bytes(self) -> dict[str, int]:
+        """Memory of weights (each array once), gradients at their fullest, and moments."""
+        groups = (self.embedding, *self.blocks, self.head)
+        arrays = {id(a): a.nbytes for group in groups for a in group.weights.values()}
+        return {
+            "weights": sum(arrays.values()),
+            "gradients": sum(t.weight.nbytes for t in self._by_name.values()),
+            "moments": sum(t.moments.bytes for t in self._by_name.values()),
+        }
