@@ -33,7 +33,7 @@ class ConfidantError(Exception):
 class UsageError(ConfidantError):
     """An option that makes no sense by itself or with another one."""
 
-    code = "usage"
+    code = "bad-option"
 
 
 class ModelError(ConfidantError):
@@ -96,6 +96,12 @@ class PeerLostError(ConfidantError):
     code = "peer-lost"
 
 
+class PeerRefusedError(PeerLostError):
+    """Nothing listens at a device's address: its daemon is not running."""
+
+    code = "peer-refused"
+
+
 class DeclinedError(ConfidantError):
     """A device refused an offer; the message says what it lacks."""
 
@@ -148,6 +154,12 @@ class PortTakenError(ConfidantError):
     """The port asked for is in use."""
 
     code = "port-taken"
+
+
+class IdentityError(ConfidantError):
+    """The key or certificate of this device cannot be made or used as it is."""
+
+    code = "bad-identity"
 
 
 class IdentityConflictError(ConfidantError):

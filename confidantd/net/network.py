@@ -1,0 +1,395 @@
+"""The network of this device: one TLS port, one control connection per peer, blob ranges."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import ssl
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+import confidantd
+from confidantd.errors import (
+    ConfidantError,
+    IdentityConflictError,
+    NotPairedError,
+    PeerLostError,
+    ProtocolError,
+)
+from confidantd.identity.certificate import Identity
+from confidantd.identity.trust import TrustStore
+from confidantd.ids import DeviceId, Digest, short_id
+from confidantd.net.acceptor import Acceptor
+from confidantd.net.blobs import BLOB_PATH, BlobServer, BlobSource, read_range
+from confidantd.net.connection import Connection, NotifyHandler, RequestHandler, Socket
+from confidantd.net.contexts import Contexts
+from confidantd.net.dialer import (
+    CLOSE_SECONDS,
+    CONNECT_SECONDS,
+    CONTROL_PATH,
+    PING_SECONDS,
+    open_socket,
+    translated,
+)
+from confidantd.net.duplicates import InstanceLog, Origin, replaces
+from confidantd.net.listen import bound_port, open_listeners
+from confidantd.net.tls import peer_device_id
+from confidantd.tasks import TaskSet
+from confidantd.wire.codec import MAX_MESSAGE_BYTES
+from confidantd.wire.messages import (
+    MAX_ADDRESSES,
+    PROTOCOL_VERSION,
+    Hello,
+    clean_name,
+    decode_hello,
+    encode,
+    refusal,
+)
+
+_log = logging.getLogger(__name__)
+
+DeviceListener = Callable[[DeviceId], None]
+ConflictListener = Callable[[str], None]
+MAX_HEADER_BYTES = 8_190
+SHUTDOWN_SECONDS = 1.0
+
+
+class Network:
+    """Control connections to paired devices. Handlers are registered before `run`.
+
+    `instance` is random per object; `port` is known once `started` is set; `addresses`
+    (`host:port` texts) are what this device tells peers about where it can be reached.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        trust: TrustStore,
+        hosts: Sequence[str],
+        port: int | None,
+        blobs: BlobSource,
+        *,
+        name: str = "",
+    ) -> None:
+        self.identity = identity
+        self.name = clean_name(name) or short_id(identity.device_id)
+        self.instance = secrets.token_hex(8)
+        self.hosts = tuple(hosts)
+        self.port = port or 0
+        self.addresses: tuple[str, ...] = ()
+        self.started = asyncio.Event()
+        self._asked_port = port
+        self._trust = trust
+        self._contexts = Contexts(identity.home, trust)
+        self._blobs = BlobServer(blobs)
+        self._requests: dict[str, RequestHandler] = {}
+        self._notifications: dict[str, NotifyHandler] = {}
+        self._connections: dict[DeviceId, Connection] = {}
+        self._instances = InstanceLog()
+        self._attempts = 0
+        self._tasks = TaskSet("network")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._session: aiohttp.ClientSession | None = None
+        self._acceptor: Acceptor | None = None
+        self._connected: list[DeviceListener] = []
+        self._disconnected: list[DeviceListener] = []
+        self._conflicts: list[ConflictListener] = []
+        self._twins: list[DeviceListener] = []
+
+    async def run(self) -> None:
+        """Serve until cancelled. `PortTakenError` if the port asked for is in use."""
+        listeners = await asyncio.to_thread(
+            open_listeners, self.hosts, self._asked_port, self.identity.home
+        )
+        runner = web.AppRunner(
+            self._application(), access_log=None, shutdown_timeout=SHUTDOWN_SECONDS
+        )
+        try:
+            self.port = bound_port(listeners)
+            await runner.setup()
+            assert runner.server is not None
+            self._acceptor = Acceptor(runner.server, self._contexts.listening, self._trusts)
+            self._session = aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())
+            self._loop = asyncio.get_running_loop()
+            self._trust.on_change(self._trust_changed_elsewhere)
+            for listener in listeners:
+                self._acceptor.start(listener)
+            self.started.set()
+            await self._loop.create_future()
+        finally:
+            self._trust.forget_listener(self._trust_changed_elsewhere)
+            await self._stop(runner)
+            for listener in listeners:
+                listener.close()
+
+    def on_request(self, method: str, handler: RequestHandler) -> None:
+        """Answer `method`; a `ConfidantError` that `handler` raises is raised at the caller."""
+        self._requests[method] = handler
+
+    def on_notify(self, topic: str, handler: NotifyHandler) -> None:
+        """Give notifications of `topic` to `handler`, in the order they were sent."""
+        self._notifications[topic] = handler
+
+    def on_connected(self, listener: DeviceListener) -> None:
+        """Call when a device that had no connection has one."""
+        self._connected.append(listener)
+
+    def on_disconnected(self, listener: DeviceListener) -> None:
+        """Call when a device has no connection any more."""
+        self._disconnected.append(listener)
+
+    def on_conflict(self, listener: ConflictListener) -> None:
+        """Call with the address of another device that has our very identity."""
+        self._conflicts.append(listener)
+
+    def on_twins(self, listener: DeviceListener) -> None:
+        """Call when two running daemons turn out to use one peer's identity."""
+        self._twins.append(listener)
+
+    def connected(self) -> set[DeviceId]:
+        """The devices with an open connection."""
+        return set(self._connections)
+
+    def peer(self, device: DeviceId) -> Hello | None:
+        """What a connected device said about itself."""
+        connection = self._connections.get(device)
+        return connection.peer if connection else None
+
+    def address(self, device: DeviceId) -> tuple[str, int] | None:
+        """Host of the connection to `device`, and the port where it listens."""
+        connection = self._connections.get(device)
+        return (connection.host, connection.peer.port) if connection else None
+
+    async def connect(self, host: str, port: int, expect: DeviceId | None) -> DeviceId:
+        """Dial once (limit 5 s); gives the id of who answered, which is now connected.
+
+        Our own id means that we reached ourselves. `NotPairedError` if the device does not
+        trust us, we not it, or it is not `expect`; `PeerRefusedError` if nothing listens;
+        `IdentityConflictError` if another daemon has our identity; else `PeerLostError`.
+        """
+        where = f"{host}:{port}"
+        async with translated(where, CONNECT_SECONDS):
+            session = self._require_session()
+            socket = await open_socket(session, await self._contexts.dialling(), host, port)
+            greeted = False
+            try:
+                device = _device_of(socket.get_extra_info("ssl_object"))
+                if not self._trusts(device) or expect not in (None, device):
+                    raise NotPairedError(f"another device than the expected answers at {where}")
+                hello = self._hello()
+                await socket.send_bytes(encode(hello))
+                peer = _checked_hello(await _receive(socket), device)
+                greeted = True
+            finally:
+                if not greeted:
+                    await socket.close()
+        if device == self.identity.device_id:
+            await socket.close()
+            self._check_self(peer, host)
+            return device
+        origin = Origin(self.identity.device_id, hello.attempt, peer.instance)
+        connection = self._admit(socket, peer, origin, host)
+        self._tasks.start(self._serve(connection), f"to-{short_id(device)}")
+        return device
+
+    def disconnect(self, device: DeviceId, reason: str) -> None:
+        """End the connection to `device`, if there is one."""
+        connection = self._connections.get(device)
+        if connection is not None:
+            connection.close(reason)
+            self._remove(connection)
+
+    async def request(
+        self, device: DeviceId, method: str, params: dict[str, Any], *, timeout_seconds: float
+    ) -> dict[str, Any]:
+        """The answer of `device`; raises the error it answered with, or `PeerLostError`."""
+        connection = self._connections.get(device)
+        if connection is None:
+            raise PeerLostError(
+                f"the device {short_id(device)} is not connected", "see `confidant peers`"
+            )
+        return await connection.request(method, params, timeout_seconds)
+
+    async def notify(self, device: DeviceId, topic: str, params: dict[str, Any]) -> bool:
+        """Send without waiting for an answer; False if the device is not connected."""
+        return self.send(device, topic, params)
+
+    def send(self, device: DeviceId, topic: str, params: dict[str, Any]) -> bool:
+        """`notify` from synchronous code."""
+        connection = self._connections.get(device)
+        return connection is not None and connection.notify(topic, params)
+
+    async def read_blob(self, device: DeviceId, digest: Digest, offset: int, length: int) -> bytes:
+        """`length` bytes (at most 4 MiB) of a blob that a connected device has."""
+        address = self.address(device)
+        if address is None:
+            raise PeerLostError(f"the device {short_id(device)} is not connected")
+        context = await self._contexts.to(device)
+        session = self._require_session()
+        return await read_range(session, context, address, digest, offset, length)
+
+    def _application(self) -> web.Application:
+        app = web.Application(handler_args={"max_field_size": MAX_HEADER_BYTES})
+        app.router.add_get(CONTROL_PATH, self._control)
+        app.router.add_get(BLOB_PATH + "/{digest}", self._blob)
+        return app
+
+    async def _blob(self, request: web.Request) -> web.StreamResponse:
+        device = _device_of(request.get_extra_info("ssl_object"))
+        if device == self.identity.device_id or not self._trusts(device):
+            raise web.HTTPForbidden
+        return await self._blobs.handle(request)
+
+    async def _control(self, request: web.Request) -> web.WebSocketResponse:
+        """An incoming control connection: greet, then serve until it ends."""
+        socket = web.WebSocketResponse(
+            compress=False,
+            heartbeat=PING_SECONDS,
+            max_msg_size=MAX_MESSAGE_BYTES,
+            timeout=CLOSE_SECONDS,
+        )
+        device = _device_of(request.get_extra_info("ssl_object"))
+        if not self._trusts(device):
+            raise web.HTTPForbidden
+        await socket.prepare(request)
+        host = request.remote or "?"
+        try:
+            async with translated(host, CONNECT_SECONDS):
+                greeting = await _receive(socket)
+                await socket.send_bytes(encode(self._hello()))  # first: versions may differ
+                peer = _checked_hello(greeting, device)
+        except ConfidantError as failure:
+            _log.info("no connection from %s: %s", host, failure)
+            await self._refuse(socket, failure)
+            return socket
+        if device == self.identity.device_id:
+            await socket.close()
+            self._tell_conflict(peer, host)
+            return socket
+        origin = Origin(device, peer.attempt, peer.instance)
+        await self._serve(self._admit(socket, peer, origin, host))
+        return socket
+
+    async def _refuse(self, socket: web.WebSocketResponse, failure: ConfidantError) -> None:
+        with contextlib.suppress(PeerLostError):
+            async with translated("a refused device", CLOSE_SECONDS):
+                if not socket.closed:
+                    await socket.send_bytes(encode(refusal(failure)))
+                    await socket.close()
+
+    def _admit(self, socket: Socket, peer: Hello, origin: Origin, host: str) -> Connection:
+        """A connection for a greeted socket; of two for one device the better one is kept."""
+        device = peer.device
+        new = Connection(socket, peer, origin, host, self._requests, self._notifications)
+        old = self._connections.get(device)
+        if old is not None and not replaces(old.origin, origin):
+            new.retire()
+            return new
+        self._connections[device] = new
+        if old is None:
+            _log.info("connected to %s at %s", clean_name(peer.name), host)
+            for listener in self._connected:
+                listener(device)
+        elif old.origin.instance != origin.instance:
+            old.close("the device started anew")
+        else:
+            old.retire()
+        if self._instances.is_twin(device, peer.instance):
+            for listener in self._twins:
+                listener(device)
+        return new
+
+    async def _serve(self, connection: Connection) -> None:
+        try:
+            await connection.run()
+        finally:
+            self._remove(connection)
+
+    def _remove(self, connection: Connection) -> None:
+        device = connection.peer.device
+        if self._connections.get(device) is not connection:
+            return
+        del self._connections[device]
+        _log.info("disconnected from %s: %s", clean_name(connection.peer.name), connection.reason)
+        for listener in self._disconnected:
+            listener(device)
+
+    def _hello(self) -> Hello:
+        self._attempts += 1
+        return Hello(
+            protocol=PROTOCOL_VERSION,
+            device=self.identity.device_id,
+            name=self.name,
+            instance=self.instance,
+            attempt=self._attempts,
+            port=self.port,
+            addresses=self.addresses[:MAX_ADDRESSES],
+            version=confidantd.__version__,
+        )
+
+    def _check_self(self, peer: Hello, host: str) -> None:
+        if peer.instance != self.instance:
+            self._tell_conflict(peer, host)
+            raise IdentityConflictError(
+                f"the device at {host}:{peer.port} has the identity of this one",
+                "give one of the two a home of its own",
+            )
+
+    def _tell_conflict(self, peer: Hello, host: str) -> None:
+        if peer.instance != self.instance:
+            for listener in self._conflicts:
+                listener(f"{host}:{peer.port}")
+
+    def _trusts(self, device: DeviceId) -> bool:
+        return device == self.identity.device_id or device in self._trust.members()
+
+    def _trust_changed_elsewhere(self, members: frozenset[DeviceId]) -> None:
+        """In the thread that changed the trust store."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._trust_changed)
+
+    def _trust_changed(self) -> None:
+        self._contexts.forget()
+        for device in self.connected():
+            if not self._trusts(device):
+                self.disconnect(device, "the device is trusted no longer")
+        if self._acceptor is not None:
+            self._acceptor.drop_untrusted()
+
+    def _require_session(self) -> aiohttp.ClientSession:
+        if self._session is None or self._session.closed:
+            raise PeerLostError("the network of this device is not running")
+        return self._session
+
+    async def _stop(self, runner: web.AppRunner) -> None:
+        if self._acceptor is not None:
+            await self._acceptor.close()
+        for connection in list(self._connections.values()):
+            connection.close("this device stops")
+        await self._tasks.close()
+        if self._session is not None:
+            await self._session.close()
+        await runner.cleanup()
+
+
+def _device_of(tls: object) -> DeviceId:
+    return peer_device_id(tls if isinstance(tls, ssl.SSLObject) else None)
+
+
+async def _receive(socket: Socket) -> bytes:
+    message = await socket.receive()
+    if message.type is not aiohttp.WSMsgType.BINARY:
+        raise PeerLostError("the other device closed the connection before it greeted")
+    return bytes(message.data)
+
+
+def _checked_hello(data: bytes, device: DeviceId) -> Hello:
+    hello = decode_hello(data)
+    if hello.device != device:
+        raise ProtocolError("the greeting names another device than the certificate")
+    return hello
