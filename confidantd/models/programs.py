@@ -24,9 +24,7 @@ _GENERATE = ("embedding_decode", "block_decode", "head_logits")
 
 def canonical_request(request: ProgramRequest) -> ProgramRequest:
     """The request without what does not change a program, so that more jobs share them."""
-    model = dataclasses.replace(
-        request.model, layers=1, end_tokens=(), tied=False, max_positions=0
-    )
+    model = dataclasses.replace(request.model, layers=1, end_tokens=(), tied=False, max_positions=0)
     if request.model.positions == "learned":
         model = dataclasses.replace(model, max_positions=request.model.max_positions)
     if request.purpose == "generate":

@@ -20,6 +20,14 @@ class TensorEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class ProgramEntry:
+    """A compiled program as a blob."""
+
+    digest: Digest
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class OptimizerSpec:
     """AdamW as `torch.optim.AdamW` computes it; the learning rate comes with each step."""
 
@@ -55,7 +63,7 @@ class StageSpec:
 class StageAssignment:
     """Everything a device needs to run one stage of one job in one epoch.
 
-    `programs` maps a program's name to its digest; `tensors` are the checkpoint's
+    `programs` maps a program's name to its blob; `tensors` are the checkpoint's
     (and `adapter_tensors` the adapter's) that this stage needs. All are blobs that
     `source` (the owner) serves.
     """
@@ -67,7 +75,7 @@ class StageAssignment:
     microbatches: int
     spec: StageSpec
     source: DeviceId
-    programs: dict[str, Digest]
+    programs: dict[str, ProgramEntry]
     tensors: tuple[TensorEntry, ...]
     adapter_tensors: tuple[TensorEntry, ...] = ()
     threads: int = 1

@@ -59,25 +59,29 @@ class Connect:
 
 @dataclass(frozen=True, slots=True)
 class TrainStep:
-    """One optimizer step. `tokens`: int32 ids [B, S] for the first and the head stage, else empty.
+    """One optimizer step. Both arrays are int32 [B, S], little endian.
 
-    `scale` is 1 / predicted positions of the batch; `max_grad_norm` 0 means no clipping.
+    `tokens` goes to the embedding stage and `labels` (-100 does not count) to the
+    head stage; other stages get neither. `scale` is 1 / predicted positions of the
+    batch; `max_grad_norm` 0 means no clipping.
     """
 
     step: int
     learning_rate: float
     max_grad_norm: float
     scale: float
-    tokens: bytes
+    tokens: bytes = b""
+    labels: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluate:
-    """Forward only over `microbatches` microbatches of b sequences; int32 ids as in `TrainStep`."""
+    """Forward only over `microbatches` microbatches of b sequences; arrays as in `TrainStep`."""
 
     request: int
     microbatches: int
-    tokens: bytes
+    tokens: bytes = b""
+    labels: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from confidantd.engine.tensors import tensor_from_file
 from confidantd.errors import MissingTensorError
 from confidantd.ids import Digest
-from confidantd.wire.stage import TensorEntry
+from confidantd.wire.stage import ProgramEntry, TensorEntry
 from confidantd.wire.worker import BlobRange
 
 Reader = Callable[[str], NDArray[Any]]
@@ -32,7 +32,7 @@ def reader(entries: tuple[TensorEntry, ...], blobs: Mapping[Digest, BlobRange]) 
 
 
 def program_paths(
-    programs: Mapping[str, Digest], blobs: Mapping[Digest, BlobRange]
+    programs: Mapping[str, ProgramEntry], blobs: Mapping[Digest, BlobRange]
 ) -> dict[str, Path]:
     """Program names to their files."""
-    return {name: Path(blobs[digest].path) for name, digest in programs.items()}
+    return {name: Path(blobs[entry.digest].path) for name, entry in programs.items()}

@@ -86,11 +86,12 @@ class Links:
         app.router.add_get("/v1/stage", self._accept)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await self._runner.setup()
+        context = await asyncio.to_thread(server_context, self._home)
         port = 0
         for host in hosts:
             listener = socket.create_server((host, port))
             port = listener.getsockname()[1]
-            site = web.SockSite(self._runner, listener, ssl_context=server_context(self._home))
+            site = web.SockSite(self._runner, listener, ssl_context=context)
             await site.start()
         return port
 

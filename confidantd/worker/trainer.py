@@ -34,11 +34,11 @@ class Trainer:
         """Forward and backward of every microbatch, then one optimizer step."""
         started, self._exchange.busy_seconds = time.perf_counter(), 0.0
         place = self._assignment
-        batch = self._batch(command.tokens)
-        if place.spec.head:
-            for microbatch in range(place.microbatches):
-                self._stage.set_labels(microbatch, batch[microbatch], command.scale)
-        one_pass = TrainPass(place, self._stage, self._exchange, command.step, batch)
+        labels = self._batch(command.labels)
+        for microbatch in range(len(labels)):
+            self._stage.set_labels(microbatch, labels[microbatch], command.scale)
+        tokens = self._batch(command.tokens)
+        one_pass = TrainPass(place, self._stage, self._exchange, command.step, tokens)
         for action in actions(place.stage, place.stages, place.microbatches):
             if action.kind is not ActionKind.STEP:  # `_update` needs the whole pipeline
                 await one_pass.run(action)
@@ -56,9 +56,10 @@ class Trainer:
     async def evaluate(self, command: Evaluate) -> Evaluated | None:
         """Forward only; the head stage answers with the summed loss."""
         place = self._assignment
-        batch = self._batch(command.tokens)
+        tokens = self._batch(command.tokens)
         # steps of evaluations count down from -1, so that no frame is taken for a training one
-        one_pass = EvaluatePass(place, self._stage, self._exchange, -1 - command.request, batch)
+        one_pass = EvaluatePass(place, self._stage, self._exchange, -1 - command.request, tokens)
+        one_pass.labels = self._batch(command.labels)
         for action in forward_actions(place.stage, place.stages, command.microbatches):
             await one_pass.run(action)
         if not place.spec.head:
@@ -99,10 +100,10 @@ class Trainer:
             await exchange.send(index + 1, FrameKind.SQUARE_TOTAL, step, 0, total)
         return float(total)
 
-    def _batch(self, tokens: bytes) -> NDArray[np.int64]:
-        """Token ids [M, b, S]; M is 0 on stages between the ends."""
+    def _batch(self, data: bytes) -> NDArray[np.int64]:
+        """Ids [M, b, S]; M is 0 where this stage got none."""
         spec = self._assignment.spec
-        ids = np.frombuffer(tokens, dtype="<i4").astype(np.int64)
+        ids = np.frombuffer(data, dtype="<i4").astype(np.int64)
         rows = spec.microbatch_size * spec.sequence_length
         return ids.reshape(ids.size // rows, spec.microbatch_size, spec.sequence_length)
 
@@ -116,13 +117,13 @@ class TrainPass:
         stage: TrainStage,
         exchange: Exchange,
         step: int,
-        batch: NDArray[np.int64],
+        tokens: NDArray[np.int64],
     ) -> None:
         self.place = place
         self.stage = stage
         self.exchange = exchange
         self.step = step
-        self.batch = batch
+        self.tokens = tokens
         self._arrays: dict[tuple[ActionKind, int], NDArray[Any] | None] = {}
 
     async def run(self, action: Action) -> None:
@@ -133,7 +134,7 @@ class TrainPass:
                 await self._receive(FrameKind.ACTIVATION, action)
             case ActionKind.FORWARD:
                 received = self._arrays.pop((ActionKind.RECV_ACTIVATION, microbatch), None)
-                x = self.batch[microbatch] if received is None else received
+                x = self.tokens[microbatch] if received is None else received
                 self._arrays[action.kind, microbatch] = await self.forward(microbatch, x)
             case ActionKind.SEND_ACTIVATION:
                 await self._send(FrameKind.ACTIVATION, ActionKind.FORWARD, microbatch, 1)
@@ -168,12 +169,13 @@ class TrainPass:
 class EvaluatePass(TrainPass):
     """Forward only, summing the loss on the head stage; nothing is kept for a backward."""
 
+    labels: NDArray[np.int64]
     loss_sum = 0.0
     count = 0
 
     async def forward(self, microbatch: int, x: NDArray[Any]) -> NDArray[Any] | None:
         """Forward of one microbatch; adds its loss on the head stage."""
-        labels = self.batch[microbatch] if self.place.spec.head else None
+        labels = self.labels[microbatch] if self.place.spec.head else None
         y, loss = await self.exchange.compute(self.stage.evaluate, x, labels)
         if loss is not None:
             self.loss_sum += loss[0]

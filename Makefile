@@ -1,0 +1,40 @@
+# `make demo` and `make test` set everything up by themselves: python3 >= 3.11 and make are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CHECKERS := $(VENV)/.checkers
+export OMP_NUM_THREADS := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint types check clean
+
+demo: $(READY)
+	@$(BIN)/confidant demo
+
+test: $(READY)
+	@$(BIN)/python -m pytest -q $(PYTEST_OPTIONS)
+
+lint: $(CHECKERS)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+check: lint test
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make: $(PYTHON) must be Python 3.11 or newer (PYTHON=... names another)" >&2; exit 1; }
+	@test -x $(BIN)/python -a -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { \
+	  echo "make: $(PYTHON) cannot make virtual environments (Debian: apt install python3-venv)" >&2; \
+	  exit 1; }
+	@echo "installing into $(VENV): a few minutes the first time"
+	@$(BIN)/pip install --quiet --progress-bar off -e ".[compiler,test]"
+	@touch $@
+
+$(CHECKERS): $(READY)
+	@$(BIN)/pip install --quiet --progress-bar off -e ".[compiler,test,dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

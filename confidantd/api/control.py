@@ -1,0 +1,157 @@
+"""The control API: HTTP over the Unix socket in the daemon's home, for this user only."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from confidantd.api.views import View
+from confidantd.errors import ConfidantError, JobNotFoundError, UsageError
+from confidantd.jobs.record import JobLog
+from confidantd.jobs.service import Jobs
+
+_log = logging.getLogger(__name__)
+
+MAX_REQUEST_BYTES = 4 * 1024 * 1024
+SHUTDOWN_SECONDS = 1.0
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class ControlApi:
+    """Serves the CLI. The socket's permissions (0600) are its access control."""
+
+    def __init__(self, socket_path: Path, view: View, jobs: Jobs) -> None:
+        self._socket_path = socket_path
+        self._view = view
+        self._jobs = jobs
+        self._runner: web.AppRunner | None = None
+
+    async def start(self) -> None:
+        """Open the socket."""
+        app = web.Application(
+            middlewares=[_errors_as_json], client_max_size=MAX_REQUEST_BYTES
+        )
+        app.add_routes(self._routes())
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_SECONDS)
+        await self._runner.setup()
+        await web.UnixSite(self._runner, str(self._socket_path)).start()
+        self._socket_path.chmod(0o600)
+
+    async def close(self) -> None:
+        """Close the socket and remove it."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+        self._socket_path.unlink(missing_ok=True)
+
+    def _routes(self) -> list[web.RouteDef]:
+        view = self._view
+        return [
+            web.get("/v1/status", lambda _: _json(view.status(self._jobs.list()))),
+            web.get("/v1/peers", lambda _: _json(view.peers())),
+            web.get("/v1/members", lambda _: _json(view.members())),
+            web.post("/v1/members", self._add_member),
+            web.delete("/v1/members/{device}", self._remove_member),
+            web.get("/v1/certificate", lambda _: _json(view.certificate())),
+            web.get("/v1/doctor", lambda _: _json(view.doctor())),
+            web.post("/v1/plan", self._plan),
+            web.post("/v1/train", self._train),
+            web.post("/v1/generate", self._generate),
+            web.get("/v1/jobs", lambda _: _json({"jobs": self._jobs.list()})),
+            web.get("/v1/jobs/{job}", self._show),
+            web.get("/v1/jobs/{job}/events", self._events),
+            web.post("/v1/jobs/{job}/cancel", self._cancel),
+            web.post("/v1/jobs/{job}/resume", self._resume),
+        ]
+
+    async def _add_member(self, request: web.Request) -> web.StreamResponse:
+        body = await _body(request)
+        return await _json(await self._view.add_member(str(body.get("pem", ""))))
+
+    async def _remove_member(self, request: web.Request) -> web.StreamResponse:
+        return await _json(await self._view.remove_member(request.match_info["device"]))
+
+    async def _plan(self, request: web.Request) -> web.StreamResponse:
+        body = await _body(request)
+        options = body.get("options") or {}
+        if not isinstance(options, dict):
+            raise UsageError("the options of a plan must be an object")
+        asked = {**options, "model": body.get("model"), "objective": body.get("objective")}
+        return await _json(await self._jobs.plan(asked))
+
+    async def _train(self, request: web.Request) -> web.StreamResponse:
+        log = await self._jobs.train(await _body(request))
+        return await _json({"job": log.record.id})
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        """Stream the job; a client that goes away cancels it."""
+        log = await self._jobs.generate(await _body(request))
+        try:
+            return await _stream(request, log)
+        finally:
+            self._jobs.cancel(log.record.id)
+
+    async def _show(self, request: web.Request) -> web.StreamResponse:
+        return await _json(self._jobs.get(request.match_info["job"]).record.to_json())
+
+    async def _events(self, request: web.Request) -> web.StreamResponse:
+        return await _stream(request, self._jobs.get(request.match_info["job"]))
+
+    async def _cancel(self, request: web.Request) -> web.StreamResponse:
+        job = request.match_info["job"]
+        self._jobs.cancel(job)
+        return await _json({"job": job})
+
+    async def _resume(self, request: web.Request) -> web.StreamResponse:
+        self._jobs.get(request.match_info["job"])
+        raise UsageError(
+            "a job cannot be resumed in this version", "start it again with `confidant train`"
+        )
+
+
+async def _json(body: dict[str, Any]) -> web.StreamResponse:
+    return web.json_response(body)
+
+
+async def _body(request: web.Request) -> dict[str, Any]:
+    try:
+        body = await request.json()
+    except ValueError:
+        raise UsageError("the request is not JSON") from None
+    if not isinstance(body, dict):
+        raise UsageError("the request is not a JSON object")
+    return body
+
+
+async def _stream(request: web.Request, log: JobLog) -> web.StreamResponse:
+    """Every event of a job as a line of JSON, until its last."""
+    response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+    await response.prepare(request)
+    async for event in log.follow():
+        await response.write(json.dumps(event).encode() + b"\n")
+    await response.write_eof()
+    return response
+
+
+@web.middleware
+async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except ConfidantError as failure:
+        status = 404 if isinstance(failure, JobNotFoundError) else 400
+        return web.json_response({"error": failure.to_wire()}, status=status)
+    except TimeoutError:
+        failure = ConfidantError("a device did not answer in time", "see `confidant peers`")
+        return web.json_response({"error": failure.to_wire()}, status=504)
+    except (web.HTTPException, asyncio.CancelledError, ConnectionError):
+        raise
+    except Exception:
+        # The last line of defence: the user sees one line, the log has the whole story.
+        _log.exception("%s %s failed", request.method, request.path)
+        failure = ConfidantError("an internal error", "see the daemon's log")
+        return web.json_response({"error": failure.to_wire()}, status=500)

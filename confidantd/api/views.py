@@ -1,0 +1,210 @@
+"""The JSON of the contract, from what the daemon's parts know."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+from collections.abc import Callable
+from typing import Any
+
+import confidantd
+from confidantd.errors import DeviceError, IdentityConflictError
+from confidantd.identity.certificate import Identity
+from confidantd.identity.trust import TrustStore
+from confidantd.ids import DeviceId, short_id
+from confidantd.swarm.service import Swarm
+from confidantd.swarm.state import PeerView
+
+
+class View:
+    """Read-only answers about this device and its swarm, and changes to its members."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        name: str,
+        trust: TrustStore,
+        swarm: Swarm,
+        address: Callable[[], str],
+        forget: Callable[[DeviceId], None],
+    ) -> None:
+        self._identity = identity
+        self._name = name
+        self._trust = trust
+        self._swarm = swarm
+        self._address = address
+        self._forget = forget
+
+    def status(self, jobs: list[dict[str, Any]]) -> dict[str, Any]:
+        """`confidant status`."""
+        coordinator = self._swarm.coordinator()
+        me = self._self_view()
+        resources = me.resources
+        return {
+            "device": {
+                "id": self._identity.device_id,
+                "short_id": short_id(self._identity.device_id),
+                "name": self._name,
+            },
+            "version": confidantd.__version__,
+            "address": self._address(),
+            "swarm": {"tag": self._swarm.tag(), "members": len(self._trust.members()) + 1},
+            "coordinator": coordinator
+            and {"id": coordinator.id, "name": coordinator.name, "term": coordinator.term},
+            "memory": {
+                "total_bytes": resources.memory_bytes if resources else 0,
+                "available_bytes": resources.available_bytes if resources else 0,
+                "granted_bytes": resources.granted_bytes if resources else 0,
+            },
+            "jobs": jobs,
+            "conflict": self._swarm.conflict(),
+        }
+
+    def peers(self) -> dict[str, Any]:
+        """`confidant peers`."""
+        return {
+            "peers": [_peer(peer) for peer in self._swarm.peers()],
+            "conflict": self._swarm.conflict(),
+        }
+
+    def members(self) -> dict[str, Any]:
+        """`confidant members`: this device and the certificates it trusts."""
+        names = {peer.id: peer.name for peer in self._swarm.peers()}
+        ids = [self._identity.device_id, *sorted(self._trust.members())]
+        return {
+            "members": [
+                {
+                    "id": device,
+                    "short_id": short_id(device),
+                    "name": names.get(device, ""),
+                    "self": device == self._identity.device_id,
+                }
+                for device in ids
+            ]
+        }
+
+    def certificate(self) -> dict[str, Any]:
+        """What another device needs in order to trust this one."""
+        return {
+            "pem": self._identity.certificate_pem,
+            "id": self._identity.device_id,
+            "short_id": short_id(self._identity.device_id),
+            "name": self._name,
+        }
+
+    async def add_member(self, pem: str) -> dict[str, Any]:
+        """Trust a certificate from now on."""
+        device = await asyncio.to_thread(self._trust.add, pem)
+        return {"id": device, "short_id": short_id(device), "name": ""}
+
+    async def remove_member(self, which: str) -> dict[str, Any]:
+        """Stop trusting a device, named by id, short id or name; ends its connections."""
+        device = self._find_member(which)
+        await asyncio.to_thread(self._trust.remove, device)
+        self._forget(device)
+        return {"id": device, "short_id": short_id(device)}
+
+    def doctor(self) -> dict[str, Any]:
+        """`confidant doctor`: what is there, what is missing, what to do."""
+        me = self._self_view()
+        roles = me.resources.roles if me.resources else ()
+        alive = [p for p in self._swarm.peers() if p.state == "alive" and not p.is_self]
+        checks = [
+            _check_identity(self._swarm.conflict()),
+            _check_package("onnxruntime", "pip install onnxruntime"),
+            _check_compiler("compiler" in roles, alive),
+            _check_speed(me.resources.gflops if me.resources else 0.0),
+            _check_peers(len(self._trust.members()), len(alive)),
+            _check_coordinator(self._swarm.coordinator() is not None),
+        ]
+        return {"checks": checks}
+
+    def _self_view(self) -> PeerView:
+        return next(peer for peer in self._swarm.peers() if peer.is_self)
+
+    def _find_member(self, which: str) -> DeviceId:
+        names = {peer.name: peer.id for peer in self._swarm.peers() if not peer.is_self}
+        for device in self._trust.members():
+            if which in (device, short_id(device)) or names.get(which) == device:
+                return device
+        raise DeviceError(f"{which[:64]} is not a member", "see `confidant members`")
+
+
+def _peer(peer: PeerView) -> dict[str, Any]:
+    resources = peer.resources
+    power = None
+    if resources is not None and resources.charging is not None:
+        power = {"charging": resources.charging, "percent": resources.battery_percent}
+    return {
+        "id": peer.id,
+        "short_id": short_id(peer.id),
+        "name": peer.name,
+        "self": peer.is_self,
+        "state": peer.state,
+        "address": peer.address,
+        "round_trip_ms": peer.round_trip_ms,
+        "bandwidth_mbps": resources.bandwidth_mbps if resources else None,
+        "memory_bytes": resources.memory_bytes if resources else None,
+        "available_bytes": resources.available_bytes if resources else None,
+        "gflops": resources.gflops if resources else None,
+        "backends": list(resources.backends) if resources else [],
+        "roles": list(resources.roles) if resources else [],
+        "power": power,
+    }
+
+
+def _check(name: str, state: str, message: str, hint: str = "") -> dict[str, str]:
+    return {"name": name, "state": state, "message": message, "hint": hint}
+
+
+def _check_identity(conflict: str | None) -> dict[str, str]:
+    if conflict is None:
+        return _check("identity", "ok", "no other device uses this one's identity")
+    failure = IdentityConflictError(conflict)
+    return _check("identity", "fail", failure.message, failure.hint)
+
+
+def _check_package(name: str, install: str) -> dict[str, str]:
+    try:
+        return _check(name, "ok", f"version {importlib.metadata.version(name)}")
+    except importlib.metadata.PackageNotFoundError:
+        return _check(name, "fail", "not installed: this device cannot hold a stage", install)
+
+
+def _check_compiler(here: bool, alive: list[PeerView]) -> dict[str, str]:
+    if here:
+        return _check("compiler", "ok", "this device can compile programs")
+    able = [p.name for p in alive if p.resources and "compiler" in p.resources.roles]
+    if able:
+        return _check("compiler", "ok", f"{able[0]} compiles for this device")
+    return _check(
+        "compiler",
+        "warn",
+        "no device that is alive can compile programs",
+        'on one laptop or desktop: pip install "confidantd[compiler]"',
+    )
+
+
+def _check_speed(gflops: float) -> dict[str, str]:
+    if gflops > 0:
+        return _check("cpu provider", "ok", f"{gflops:.0f} GFLOP/s (float32 matrix product)")
+    return _check("cpu provider", "warn", "its speed is not measured yet", "wait a few seconds")
+
+
+def _check_peers(members: int, alive: int) -> dict[str, str]:
+    if not members:
+        return _check(
+            "peers",
+            "warn",
+            "this device is paired with no other",
+            "exchange certificates: confidant members export, confidant members add FILE",
+        )
+    state = "ok" if alive else "warn"
+    hint = "" if alive else "start confidantd there, or give its address with --peer HOST:PORT"
+    return _check("peers", state, f"{alive} of {members} paired devices are alive", hint)
+
+
+def _check_coordinator(there: bool) -> dict[str, str]:
+    if there:
+        return _check("coordinator", "ok", "elected")
+    return _check("coordinator", "warn", "none yet", "an election takes a few seconds")

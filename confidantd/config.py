@@ -1,0 +1,162 @@
+"""Settings of the daemon: `HOME/config.toml`, then the environment, then flags."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import platform
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from confidantd.errors import ConfigError
+
+ENVIRONMENT_PREFIX = "CONFIDANT_"
+CONFIG_NAME = "config.toml"
+LOG_LEVELS = ("debug", "info", "warning", "error")
+MAX_NAME_CHARACTERS = 64
+_SIZE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?\s*$", re.IGNORECASE)
+_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonConfig:
+    """How one daemon runs. `port` None: the one of last time, or any free one.
+
+    `memory_bytes` and `threads` cap what jobs may use here; None: what there is.
+    """
+
+    home: Path
+    name: str
+    port: int | None = None
+    hosts: tuple[str, ...] = ("0.0.0.0",)  # noqa: S104 - the peers are on the network
+    peers: tuple[str, ...] = ()
+    mdns: bool = True
+    memory_bytes: int | None = None
+    threads: int | None = None
+    log_level: str = "info"
+
+
+SETTINGS = tuple(field.name for field in fields(DaemonConfig) if field.name != "home")
+
+
+def default_home(environment: Mapping[str, str]) -> Path:
+    """`$CONFIDANT_HOME`, else the platform's folder for a user's data."""
+    named = environment.get(ENVIRONMENT_PREFIX + "HOME")
+    return Path(named) if named else platformdirs.user_data_path("confidant")
+
+
+def load_config(flags: Mapping[str, Any], environment: Mapping[str, str]) -> DaemonConfig:
+    """The settings; flags that are None or empty were not given. `ConfigError` names a wrong one."""
+    home = Path(flags.get("home") or default_home(environment)).absolute()
+    settings: dict[str, Any] = {"name": platform.node() or "device"}
+    settings |= _from_file(home / CONFIG_NAME)
+    settings |= _from_environment(environment)
+    for name in SETTINGS:
+        given = flags.get(name)
+        if given is not None and given != ():
+            settings[name] = given
+    return DaemonConfig(home=home, **{name: _checked(name, settings[name]) for name in settings})
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size like `512M`, `2G` or `1.5GiB` (all powers of 1024)."""
+    match = _SIZE.match(text)
+    if match is None:
+        raise ConfigError(f"{text[:40]!r} is not a size", "write it like 512M or 2G")
+    number, unit, _ = match.groups()
+    return int(float(number) * 1024 ** _POWERS[unit.upper()])
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as failure:
+        raise ConfigError(f"{path} cannot be read ({failure})", "correct or remove it") from None
+    for key in found:
+        _require_known(key, str(path), SETTINGS)
+    return found
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    found = {}
+    for name in SETTINGS:
+        value = environment.get(ENVIRONMENT_PREFIX + name.upper())
+        if value is None:
+            continue
+        listed = name in ("hosts", "peers")
+        found[name] = tuple(value.replace(",", " ").split()) if listed else value
+    return found
+
+
+def _require_known(key: str, where: str, known: tuple[str, ...]) -> None:
+    if key in known:
+        return
+    near = difflib.get_close_matches(key, known, 1)
+    hint = f"did you mean `{near[0]}`?" if near else f"known settings: {', '.join(known)}"
+    raise ConfigError(f"{where}: there is no setting `{key[:60]}`", hint)
+
+
+def _checked(name: str, value: Any) -> Any:
+    match name:
+        case "name":
+            return _name(value)
+        case "port":
+            return None if value is None else _whole(name, value, 0, 65_535)
+        case "threads":
+            return None if value is None else _whole(name, value, 1, 4_096)
+        case "memory_bytes":
+            return None if value is None else _memory(value)
+        case "hosts" | "peers":
+            if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
+                raise ConfigError(f"`{name}` must be a list of addresses")
+            return tuple(value)
+        case "mdns":
+            return _flag(name, value)
+        case _:
+            if str(value).lower() not in LOG_LEVELS:
+                raise ConfigError(f"`{name}` must be one of {', '.join(LOG_LEVELS)}")
+            return str(value).lower()
+
+
+def _name(value: Any) -> str:
+    text = str(value).strip()
+    if not text or len(text) > MAX_NAME_CHARACTERS or not text.isprintable() or "," in text:
+        raise ConfigError(f"the name {text[:40]!r} cannot be used", "use 1 to 64 plain characters")
+    return text
+
+
+def _whole(name: str, value: Any, least: int, most: int) -> int:
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"`{name}` must be a whole number") from None
+    if not least <= number <= most or isinstance(value, bool | float):
+        raise ConfigError(f"`{name}` must be a whole number from {least} to {most}")
+    return number
+
+
+def _memory(value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    return parse_size(str(value))
+
+
+def _flag(name: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() in ("1", "true", "yes", "0", "false", "no"):
+        return str(value).lower() in ("1", "true", "yes")
+    raise ConfigError(f"`{name}` must be true or false")
+
+
+def environment() -> Mapping[str, str]:
+    """The process's environment: the only place that reads it for settings."""
+    return os.environ

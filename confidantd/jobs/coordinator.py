@@ -1,0 +1,132 @@
+"""The coordinator's work: plan over the devices that are there, and negotiate the plan."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from confidantd.errors import (
+    ConfidantError,
+    DeclinedError,
+    DeviceError,
+    NoCoordinatorError,
+    ProtocolError,
+)
+from confidantd.ids import DeviceId
+from confidantd.jobs.launch import SwarmView
+from confidantd.jobs.peers import Peers
+from confidantd.jobs.plan_inputs import plan_devices, plan_workload
+from confidantd.planner.partition import PlanDevice
+from confidantd.planner.plan import Plan, StagePlan, make_plan
+from confidantd.swarm.state import CoordinatorView
+from confidantd.wire.codec import from_map, to_map
+from confidantd.wire.jobs import Offer, OfferAnswer, PlanRequest
+
+OFFER_SECONDS = 10.0
+MAX_ROUNDS = 5  # each round learns at least one device's true memory
+
+
+class Coordinator:
+    """Answers `job.plan` and `job.negotiate` while this device is the coordinator."""
+
+    def __init__(
+        self,
+        peers: Peers,
+        swarm: SwarmView,
+        current: Callable[[], CoordinatorView | None],
+    ) -> None:
+        self._peers = peers
+        self._swarm = swarm
+        self._current = current
+        self._one_at_a_time = asyncio.Lock()  # two plans at once would promise memory twice
+        peers.on_request("job.plan", self._plan)
+        peers.on_request("job.negotiate", self._negotiate)
+
+    async def _plan(self, owner: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
+        self._term()
+        request = from_map(PlanRequest, params)
+        devices = plan_devices(self._swarm.peers(), request.devices)
+        return to_map(self._make(request, devices, owner))
+
+    async def _negotiate(self, owner: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
+        request = from_map(PlanRequest, params)
+        async with self._one_at_a_time:
+            devices = plan_devices(self._swarm.peers(), request.devices)
+            for _ in range(MAX_ROUNDS):
+                plan = self._make(request, devices, owner)
+                declined = await self._offer_all(request, plan, owner)
+                if not declined:
+                    return to_map(plan)
+                devices = _with_answers(devices, declined)
+        reasons = "; ".join(f"{d[:8]}: {answer.reason}" for d, answer in declined.items())
+        raise DeclinedError(f"the devices declined every plan ({reasons})", "try again in a minute")
+
+    def _make(self, request: PlanRequest, devices: list[PlanDevice], owner: DeviceId) -> Plan:
+        if not devices:
+            raise DeviceError("no device of the swarm is alive", "see `confidant peers`")
+        return make_plan(plan_workload(request), devices, owner, request.devices != ())
+
+    async def _offer_all(
+        self, request: PlanRequest, plan: Plan, owner: DeviceId
+    ) -> dict[DeviceId, OfferAnswer]:
+        """Offer every stage; answers of those that declined."""
+        term = self._term()
+        answers = await asyncio.gather(
+            *(
+                self._offer(stage, _offer_of(request, plan, index, owner, term))
+                for index, stage in enumerate(plan.stages)
+            )
+        )
+        return {
+            stage.device: answer
+            for stage, answer in zip(plan.stages, answers, strict=True)
+            if not answer.accepted
+        }
+
+    async def _offer(self, stage: StagePlan, offer: Offer) -> OfferAnswer:
+        try:
+            answer = await self._peers.request(
+                stage.device, "stage.offer", to_map(offer), timeout_seconds=OFFER_SECONDS
+            )
+            return from_map(OfferAnswer, answer)
+        except ProtocolError:
+            raise
+        except ConfidantError as failure:  # it left, or refuses: plan without it
+            return OfferAnswer(accepted=False, available_bytes=0, reason=failure.message)
+
+    def _term(self) -> int:
+        current = self._current()
+        if current is None or current.id != self._peers.self_id:
+            raise NoCoordinatorError("this device is not the coordinator any more", "try again")
+        return current.term
+
+
+def _offer_of(
+    request: PlanRequest, plan: Plan, index: int, owner: DeviceId, term: int
+) -> Offer:
+    stage = plan.stages[index]
+    return Offer(
+        job=request.job,
+        epoch=request.epoch,
+        term=term,
+        owner=owner,
+        stage=index,
+        stages=len(plan.stages),
+        first_layer=stage.first_layer,
+        past_last_layer=stage.past_last_layer,
+        memory_bytes=stage.memory_bytes,
+    )
+
+
+def _with_answers(
+    devices: list[PlanDevice], declined: dict[DeviceId, OfferAnswer]
+) -> list[PlanDevice]:
+    """The devices, with the memory that the decliners said they have."""
+    return [
+        replace(device, available_bytes=declined[device.id].available_bytes)
+        if device.id in declined
+        else device
+        for device in devices
+    ]

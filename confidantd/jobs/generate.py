@@ -1,0 +1,137 @@
+"""A generation job on its owner's device: tokenise, launch, stream tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from confidantd.errors import UsageError
+from confidantd.jobs.launch import JobServices, Launched, launch
+from confidantd.jobs.options import GenerateOptions, model_folder
+from confidantd.jobs.prompt import TextProcess
+from confidantd.jobs.record import JobLog
+from confidantd.jobs.setup import Workload, generate_workload
+from confidantd.models.spec import ModelSpec
+from confidantd.wire.stage import OptimizerSpec
+from confidantd.wire.worker import Decode, Token
+
+SEQUENCE = 0  # one sequence a job
+
+
+class GenerateJob:
+    """One `confidant generate`; may only be run once."""
+
+    def __init__(self, options: GenerateOptions, log: JobLog, services: JobServices) -> None:
+        self._options = options
+        self._log = log
+        self._services = services
+
+    async def run(self) -> None:
+        """Generate; emits `token` events and `done`."""
+        options = self._options
+        options.check()
+        folder = await asyncio.to_thread(model_folder, options.model)
+        log = self._services.home / "logs" / "text.log"
+        text = await TextProcess.start(folder, log)
+        try:
+            prompt = await text.encode(options.prompt)
+            workload = await asyncio.to_thread(generate_workload, options, len(prompt))
+            check_prompt(prompt, workload.spec)
+            launched = await launch(
+                self._services, self._log, workload, options.devices, OptimizerSpec(), options.seed
+            )
+            try:
+                await self._generate(launched, workload, prompt, text)
+            finally:
+                await asyncio.shield(launched.pipeline.stop())
+        finally:
+            await asyncio.shield(text.close())
+
+    async def _generate(
+        self, launched: Launched, workload: Workload, prompt: list[int], text: TextProcess
+    ) -> None:
+        spec = workload.spec
+        room = spec.max_positions - len(prompt) + 1  # the last new token is never fed back
+        self._log.record.state = "running"
+        self._log.record.steps = min(self._options.max_new_tokens, room)
+        started = time.monotonic()
+        await self._start(launched, spec, prompt)
+        stream = _Stream(self._log, text, started)
+        while not stream.finished:
+            _, event = await launched.pipeline.next_event()
+            if isinstance(event, Token):
+                await stream.take(event)
+        self._log.emit(stream.summary(launched, len(prompt)))
+
+    async def _start(self, launched: Launched, spec: ModelSpec, prompt: list[int]) -> None:
+        options = self._options
+        for stage, place in reversed(list(enumerate(launched.specs))):
+            if not (place.embedding or place.head):
+                continue
+            await launched.pipeline.command(
+                stage,
+                Decode(
+                    sequence=SEQUENCE,
+                    prompt=tuple(prompt) if place.embedding else (),
+                    max_new_tokens=self._log.record.steps,
+                    temperature=options.temperature,
+                    top_p=options.top_p,
+                    seed=options.seed,
+                    end_tokens=spec.end_tokens,
+                ),
+            )
+
+
+class _Stream:
+    """Tokens as they come, their text, and the times of the first and the last."""
+
+    def __init__(self, log: JobLog, text: TextProcess, started: float) -> None:
+        self._log = log
+        self._text = text
+        self._started = started
+        self._first = started
+        self._tokens: list[int] = []
+        self._pieces: list[str] = []
+        self.finished = ""
+
+    async def take(self, event: Token) -> None:
+        """One more token; emits it with the text it completes."""
+        if not self._tokens:
+            self._first = time.monotonic()
+        self._tokens.append(event.token)
+        piece = await self._text.push(event.token)
+        if event.finished:
+            piece += await self._text.flush()
+            self.finished = event.finished
+        self._pieces.append(piece)
+        self._log.record.step = len(self._tokens)
+        self._log.emit({"event": "token", "id": event.token, "text": piece})
+
+    def summary(self, launched: Launched, prompt_tokens: int) -> dict[str, Any]:
+        """The object of `generate --json`."""
+        rest = len(self._tokens) - 1
+        seconds = time.monotonic() - self._first
+        return {
+            "event": "done",
+            "text": "".join(self._pieces),
+            "tokens": self._tokens,
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": len(self._tokens),
+            "time_to_first_token_ms": round(1000 * (self._first - self._started), 2),
+            "tokens_per_second": round(rest / seconds, 2) if rest and seconds > 0 else 0.0,
+            "finish_reason": self.finished,
+            "stages": launched.plan.to_json()["stages"],
+        }
+
+
+def check_prompt(prompt: list[int], spec: ModelSpec) -> None:
+    """A prompt must have a token, and leave room for one more."""
+    if not prompt:
+        raise UsageError("the prompt is empty", "give some text to --prompt")
+    if len(prompt) > spec.max_positions:
+        raise UsageError(
+            f"the prompt has {len(prompt)} tokens, longer than the model allows "
+            f"({spec.max_positions})",
+            "give a shorter prompt",
+        )

@@ -1,0 +1,187 @@
+"""From a workload to a running pipeline: plan, compile, negotiate, distribute, connect."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from confidantd.errors import DeviceError, IdentityConflictError
+from confidantd.ids import DeviceId
+from confidantd.jobs.peers import Peers
+from confidantd.jobs.pipeline import Pipeline, PipelineRouter, Placed
+from confidantd.jobs.programs import Programs
+from confidantd.jobs.record import JobLog
+from confidantd.jobs.setup import Workload, adapter_names, assignments, stage_names
+from confidantd.models.folder import TensorLocation
+from confidantd.planner.plan import Plan
+from confidantd.store.blobs import BlobStore
+from confidantd.store.model_index import ModelIndex
+from confidantd.swarm.state import CoordinatorView, PeerView
+from confidantd.wire.codec import from_map, to_map
+from confidantd.wire.jobs import StageProgress
+from confidantd.wire.stage import OptimizerSpec, StageSpec, TensorEntry
+
+PLAN_SECONDS = 60.0
+COORDINATOR_SECONDS = 10.0  # an election takes less than five
+
+
+class SwarmView(Protocol):
+    """What jobs need to know of the swarm."""
+
+    def peers(self) -> tuple[PeerView, ...]: ...
+
+    def conflict(self) -> str | None: ...
+
+    async def wait_for_coordinator(self, timeout_seconds: float) -> CoordinatorView: ...
+
+
+@dataclass(frozen=True, slots=True)
+class JobServices:
+    """What a job uses of this device."""
+
+    self_id: DeviceId
+    home: Path
+    peers: Peers
+    swarm: SwarmView
+    store: BlobStore
+    index: ModelIndex
+    programs: Programs
+    router: PipelineRouter
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A pipeline whose stages are loaded and connected."""
+
+    pipeline: Pipeline
+    plan: Plan
+    specs: tuple[StageSpec, ...]
+
+
+async def ask_coordinator(
+    services: JobServices, method: str, workload: Workload, log: JobLog, devices: tuple[str, ...]
+) -> Plan:
+    """A plan from the coordinator: `job.plan` only looks, `job.negotiate` reserves."""
+    conflict = services.swarm.conflict()
+    if conflict is not None:
+        raise IdentityConflictError(conflict)
+    coordinator = await services.swarm.wait_for_coordinator(COORDINATOR_SECONDS)
+    request = workload.plan_request(log.record.id, log.record.epoch, devices)
+    answer = await services.peers.request(
+        coordinator.id, method, to_map(request), timeout_seconds=PLAN_SECONDS
+    )
+    return from_map(Plan, answer)
+
+
+async def launch(
+    services: JobServices,
+    log: JobLog,
+    workload: Workload,
+    devices: tuple[str, ...],
+    optimizer: OptimizerSpec,
+    seed: int,
+) -> Launched:
+    """Bring up the pipeline of a job; emits `progress` and `plan` events on the way."""
+    await ask_coordinator(services, "job.plan", workload, log, devices)  # refuse before compiling
+    programs = await services.programs.get(
+        workload.program_request(),
+        compilers(services.swarm),
+        lambda name, done, of: emit_progress(log, "compile", done, of, name),
+    )
+    plan = await ask_coordinator(services, "job.negotiate", workload, log, devices)
+    log.record.devices = [stage.name for stage in plan.stages]
+    log.emit({"event": "plan", **plan.to_json()})
+    await log.save()
+    tensors, adapter = await _index(services, log, workload)
+    found = assignments(
+        workload,
+        plan,
+        job=log.record.id,
+        epoch=log.record.epoch,
+        source=services.self_id,
+        programs=programs,
+        tensors=tensors,
+        adapter=adapter,
+        optimizer=optimizer,
+        seed=seed,
+    )
+    placed = [
+        Placed(stage.device, _host(services.swarm, stage.device), assignment)
+        for stage, assignment in zip(plan.stages, found, strict=True)
+    ]
+    pipeline = Pipeline(services.peers, services.router, placed, _StageProgressLog(log).add)
+    try:
+        await pipeline.start()
+    except BaseException:
+        await asyncio.shield(pipeline.stop())
+        raise
+    return Launched(pipeline, plan, tuple(a.spec for a in found))
+
+
+def emit_progress(log: JobLog, phase: str, done: int, of: int, detail: str = "") -> None:
+    """One `progress` event."""
+    log.emit({"event": "progress", "phase": phase, "done": done, "of": of, "detail": detail})
+
+
+def compilers(swarm: SwarmView) -> list[DeviceId]:
+    """Other devices that are alive and can compile, the fastest first."""
+    able = [
+        peer
+        for peer in swarm.peers()
+        if not peer.is_self
+        and peer.state == "alive"
+        and peer.resources is not None
+        and "compiler" in peer.resources.roles
+    ]
+    able.sort(key=lambda peer: -(peer.resources.gflops if peer.resources else 0.0))
+    return [peer.id for peer in able]
+
+
+async def _index(
+    services: JobServices, log: JobLog, workload: Workload
+) -> tuple[Mapping[str, TensorEntry], Mapping[str, TensorEntry]]:
+    """Digests of the tensors that any stage needs, and of the adapter's."""
+    whole = StageSpec(
+        workload.spec, 0, workload.spec.layers, True, True, workload.method, workload.lora
+    )
+    emit_progress(log, "distribute", 0, 1, "reading the model")
+    tensors = await _entries(services, workload.model.tensors, stage_names(whole))
+    names = tuple(name for name in adapter_names(whole) if name in workload.adapter)
+    return tensors, await _entries(services, workload.adapter, names)
+
+
+async def _entries(
+    services: JobServices, locations: Mapping[str, TensorLocation], names: tuple[str, ...]
+) -> dict[str, TensorEntry]:
+    entries = await asyncio.to_thread(services.index.entries, locations, names)
+    return {entry.name: entry for entry in entries}
+
+
+def _host(swarm: SwarmView, device: DeviceId) -> str:
+    for peer in swarm.peers():
+        if peer.id == device:
+            return peer.address.rpartition(":")[0] if peer.address else "127.0.0.1"
+    raise DeviceError("a device of the plan left before the job began", "start again")
+
+
+class _StageProgressLog:
+    """Sums what the stages report into one `progress` event per phase."""
+
+    def __init__(self, log: JobLog) -> None:
+        self._log = log
+        self._latest: dict[int, StageProgress] = {}
+
+    def add(self, progress: StageProgress) -> None:
+        """Take one stage's report."""
+        self._latest[progress.stage] = progress
+        done = sum(p.done for p in self._latest.values())
+        of = sum(p.of for p in self._latest.values())
+        emit_progress(self._log, progress.phase, done, of, "bytes")
+
+
+def failure_event(failure: Any) -> dict[str, Any]:
+    """The `failed` event of an error."""
+    return {"event": "failed", **failure.to_wire()}

@@ -1,0 +1,81 @@
+"""Requests to any device of the swarm, this one included, by one call."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Protocol
+
+from confidantd.errors import ProtocolError
+from confidantd.ids import DeviceId, Digest
+
+Handler = Callable[[DeviceId, dict[str, Any]], Awaitable[dict[str, Any]]]
+Listener = Callable[[DeviceId, dict[str, Any]], None]
+
+
+class Transport(Protocol):
+    """What `Peers` needs of the network."""
+
+    def on_request(self, method: str, handler: Handler) -> None: ...
+
+    def on_notify(self, topic: str, handler: Listener) -> None: ...
+
+    async def request(
+        self, device: DeviceId, method: str, params: dict[str, Any], *, timeout_seconds: float
+    ) -> dict[str, Any]: ...
+
+    async def notify(self, device: DeviceId, topic: str, params: dict[str, Any]) -> bool: ...
+
+    async def read_blob(
+        self, device: DeviceId, digest: Digest, offset: int, length: int
+    ) -> bytes: ...
+
+
+class Peers:
+    """Registers handlers once and calls them directly when the device is this one."""
+
+    def __init__(self, self_id: DeviceId, transport: Transport) -> None:
+        self.self_id = self_id
+        self._transport = transport
+        self._handlers: dict[str, Handler] = {}
+        self._listeners: dict[str, Listener] = {}
+
+    def on_request(self, method: str, handler: Handler) -> None:
+        """Answer `method` with `handler`, from this device and from others."""
+        self._handlers[method] = handler
+        self._transport.on_request(method, handler)
+
+    def on_notify(self, topic: str, listener: Listener) -> None:
+        """Give notifications of `topic` to `listener`."""
+        self._listeners[topic] = listener
+        self._transport.on_notify(topic, listener)
+
+    async def request(
+        self,
+        device: DeviceId,
+        method: str,
+        params: Mapping[str, Any],
+        *,
+        timeout_seconds: float,
+    ) -> dict[str, Any]:
+        """The answer of `device`; raises what its handler raised, or `PeerLostError`."""
+        if device != self.self_id:
+            return await self._transport.request(
+                device, method, dict(params), timeout_seconds=timeout_seconds
+            )
+        handler = self._handlers.get(method)
+        if handler is None:
+            raise ProtocolError(f"nothing here answers {method}")
+        return await handler(self.self_id, dict(params))
+
+    async def notify(self, device: DeviceId, topic: str, params: Mapping[str, Any]) -> bool:
+        """Send without waiting for an answer; False if the device is not connected."""
+        if device != self.self_id:
+            return await self._transport.notify(device, topic, dict(params))
+        self._listeners[topic](self.self_id, dict(params))
+        return True
+
+    async def read_blob(
+        self, device: DeviceId, digest: Digest, offset: int, length: int
+    ) -> bytes:
+        """A range of a blob that another device serves."""
+        return await self._transport.read_blob(device, digest, offset, length)

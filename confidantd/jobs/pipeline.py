@@ -1,0 +1,225 @@
+"""The owner's view of a running pipeline: start every stage, command them, hear their events."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from confidantd.errors import ConfidantError, PeerLostError, WorkerError, from_wire
+from confidantd.ids import DeviceId, JobId
+from confidantd.jobs.peers import Peers
+from confidantd.store.blobs import BlobStore
+from confidantd.store.fetch import fetch
+from confidantd.tasks import TaskSet
+from confidantd.wire.codec import from_map, to_map
+from confidantd.wire.jobs import (
+    StageCommand,
+    StageEvent,
+    StageProgress,
+    StageStarted,
+    StopStage,
+)
+from confidantd.wire.stage import StageAssignment
+from confidantd.wire.worker import (
+    Command,
+    Connect,
+    Connected,
+    Event,
+    Failed,
+    StageAddress,
+    TrainedTensor,
+    event_from,
+    message_map,
+)
+
+START_SECONDS = 3_600.0  # distributing a large stage over slow Wi-Fi; progress is shown meanwhile
+COMMAND_SECONDS = 60.0
+CONNECT_SECONDS = 60.0
+STOP_SECONDS = 10.0
+MAX_WAITING_EVENTS = 10_000
+
+Progress = Callable[[StageProgress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A stage and the device that holds it, at the address the owner knows."""
+
+    device: DeviceId
+    host: str
+    assignment: StageAssignment
+
+
+class PipelineRouter:
+    """Brings `stage.event` and `stage.progress` notifications to the pipeline they belong to."""
+
+    def __init__(self, peers: Peers) -> None:
+        self._pipelines: dict[tuple[JobId, int], Pipeline] = {}
+        peers.on_notify("stage.event", self._event)
+        peers.on_notify("stage.progress", self._progress)
+
+    def add(self, pipeline: Pipeline) -> None:
+        """Route to `pipeline` from now on."""
+        self._pipelines[pipeline.key] = pipeline
+
+    def remove(self, pipeline: Pipeline) -> None:
+        """Drop what still comes for `pipeline`."""
+        self._pipelines.pop(pipeline.key, None)
+
+    def device_lost(self, device: DeviceId, name: str) -> None:
+        """Fail every pipeline that has a stage on `device`."""
+        for pipeline in list(self._pipelines.values()):
+            pipeline.device_lost(device, name)
+
+    def _event(self, device: DeviceId, params: dict[str, Any]) -> None:
+        message = from_map(StageEvent, params)
+        pipeline = self._pipelines.get((message.job, message.epoch))
+        if pipeline is not None and pipeline.holds(message.stage, device):
+            pipeline.put(message.stage, event_from(message.event))
+
+    def _progress(self, device: DeviceId, params: dict[str, Any]) -> None:
+        message = from_map(StageProgress, params)
+        pipeline = self._pipelines.get((message.job, message.epoch))
+        if pipeline is not None and pipeline.holds(message.stage, device):
+            pipeline.progress(message)
+
+
+class Pipeline:
+    """All stages of one job in one epoch; may only be used once."""
+
+    def __init__(
+        self, peers: Peers, router: PipelineRouter, stages: list[Placed], progress: Progress
+    ) -> None:
+        first = stages[0].assignment
+        self.key = (first.job, first.epoch)
+        self.progress = progress
+        self._peers = peers
+        self._router = router
+        self._stages = stages
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue(MAX_WAITING_EVENTS)
+        self._failure: ConfidantError | None = None
+        self._failed = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._stages)
+
+    def holds(self, stage: int, device: DeviceId) -> bool:
+        """Whether `device` was given `stage`."""
+        return 0 <= stage < len(self._stages) and self._stages[stage].device == device
+
+    def put(self, stage: int, event: Event) -> None:
+        """Take an event of a stage; a `Failed` ends every wait."""
+        if isinstance(event, Failed):
+            self._fail(from_wire({"code": event.code, "message": event.message,
+                                  "hint": event.hint}))
+            return
+        try:
+            self._events.put_nowait((stage, event))
+        except asyncio.QueueFull:
+            self._fail(WorkerError(f"stage {stage} sends more events than its job takes"))
+
+    def device_lost(self, device: DeviceId, name: str) -> None:
+        """The device is gone; if it holds a stage, the pipeline has failed."""
+        if any(placed.device == device for placed in self._stages):
+            self._fail(
+                PeerLostError(
+                    f"{name} left while it held a stage of the job",
+                    "bring it back, or start again without it (--devices)",
+                )
+            )
+
+    async def start(self) -> None:
+        """Load every stage, then connect them; raises what failed first."""
+        self._router.add(self)
+        async with asyncio.TaskGroup() as group:
+            starting = [
+                group.create_task(self._start_stage(placed), name=f"start-{placed.host}")
+                for placed in self._stages
+            ]
+        addresses = tuple(
+            StageAddress(index, placed.device, placed.host, task.result().port)
+            for index, (placed, task) in enumerate(zip(self._stages, starting, strict=True))
+        )
+        await self.broadcast(Connect(addresses))
+        connected: set[int] = set()
+        async with asyncio.timeout(CONNECT_SECONDS):
+            while len(connected) < len(self._stages):
+                stage, event = await self.next_event()
+                if isinstance(event, Connected):
+                    connected.add(stage)
+
+    async def broadcast(self, command: Command) -> None:
+        """Send one command to every stage."""
+        for stage in range(len(self._stages)):
+            await self.command(stage, command)
+
+    async def command(self, stage: int, command: Command) -> None:
+        """Send a command to one stage."""
+        job, epoch = self.key
+        message = StageCommand(job, epoch, stage, message_map(command))
+        await self._peers.request(
+            self._stages[stage].device,
+            "stage.command",
+            to_map(message),
+            timeout_seconds=COMMAND_SECONDS,
+        )
+
+    async def next_event(self) -> tuple[int, Event]:
+        """The next event of any stage; raises the failure of the pipeline once there is one."""
+        if self._failure is None and not self._events.empty():
+            return self._events.get_nowait()
+        tasks = TaskSet("pipeline")
+        getting = tasks.start(self._events.get(), "event")
+        failing = tasks.start(self._failed.wait(), "failure")
+        try:
+            await asyncio.wait({getting, failing}, return_when=asyncio.FIRST_COMPLETED)
+            if self._failure is not None:
+                raise self._failure
+            return getting.result()
+        finally:
+            await tasks.close()
+
+    async def fetch_trained(self, stage: int, tensor: TrainedTensor, store: BlobStore) -> None:
+        """Bring a trained tensor from the stage's device into `store`, verified."""
+        assert tensor.digest is not None
+        device = self._stages[stage].device
+        if store.locate(tensor.digest) is None:
+            await fetch(
+                store,
+                lambda d, offset, length: self._peers.read_blob(device, d, offset, length),
+                tensor.digest,
+                4 * math.prod(tensor.shape),
+            )
+
+    async def stop(self) -> None:
+        """End every stage that can still be reached."""
+        self._router.remove(self)
+        job, epoch = self.key
+        await asyncio.gather(
+            *(
+                self._peers.request(
+                    placed.device,
+                    "stage.stop",
+                    to_map(StopStage(job, epoch)),
+                    timeout_seconds=STOP_SECONDS,
+                )
+                for placed in self._stages
+            ),
+            return_exceptions=True,
+        )
+
+    async def _start_stage(self, placed: Placed) -> StageStarted:
+        answer = await self._peers.request(
+            placed.device,
+            "stage.start",
+            to_map(placed.assignment),
+            timeout_seconds=START_SECONDS,
+        )
+        return from_map(StageStarted, answer)
+
+    def _fail(self, failure: ConfidantError) -> None:
+        self._failure = self._failure or failure
+        self._failed.set()

@@ -1,0 +1,78 @@
+"""From what the swarm reports to what the planner reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from confidantd.errors import DeviceError
+from confidantd.ids import short_id
+from confidantd.models.tensors import (
+    block_parameters,
+    embedding_parameters,
+    head_parameters,
+    lora_parameters,
+)
+from confidantd.planner.partition import PlanDevice
+from confidantd.planner.workload import Workload
+from confidantd.swarm.state import PeerView
+from confidantd.wire.jobs import PlanRequest
+
+
+def plan_devices(peers: Sequence[PeerView], wanted: tuple[str, ...]) -> list[PlanDevice]:
+    """The devices that may hold a stage: those named, or all that are alive.
+
+    `DeviceError` names the first wanted device that is unknown or not there.
+    """
+    alive = [peer for peer in peers if peer.is_self or peer.state == "alive"]
+    if not wanted:
+        return [_device(peer) for peer in alive if peer.resources is not None]
+    return [_device(_find(name, peers)) for name in dict.fromkeys(wanted)]
+
+
+def plan_workload(request: PlanRequest) -> Workload:
+    """Sizes of the model and the step."""
+    model, block = request.model, request.model.block
+    return Workload(
+        model=request.model_name,
+        layers=model.layers,
+        block_parameters=block_parameters(model),
+        block_adapter=lora_parameters(model, request.lora) if request.lora else 0,
+        embedding_parameters=embedding_parameters(model),
+        head_parameters=head_parameters(model),
+        tied=model.tied,
+        hidden=block.hidden,
+        vocabulary=model.vocabulary,
+        heads=block.heads,
+        head_dim=block.head_dim,
+        kv_width=block.kv_heads * block.head_dim,
+        columns=block.columns,
+        microbatch_size=request.batch_size // request.microbatches,
+        microbatches=request.microbatches,
+        sequence_length=request.sequence_length,
+        method=request.method,
+    )
+
+
+def _find(name: str, peers: Sequence[PeerView]) -> PeerView:
+    for peer in peers:
+        if name in (peer.name, peer.id, short_id(peer.id)) and peer.state != "unpaired":
+            if not peer.is_self and peer.state != "alive":
+                raise DeviceError(f"{name} is {peer.state}", "start confidantd there")
+            if peer.resources is None:
+                raise DeviceError(f"{name} has not said yet what it has", "try again in a second")
+            return peer
+    raise DeviceError(f"there is no device {name[:64]} in the swarm", "see `confidant peers`")
+
+
+def _device(peer: PeerView) -> PlanDevice:
+    resources = peer.resources
+    assert resources is not None
+    trip = peer.round_trip_ms
+    return PlanDevice(
+        id=peer.id,
+        name=peer.name,
+        available_bytes=resources.available_bytes,
+        gflops=resources.gflops,
+        bandwidth_mbps=resources.bandwidth_mbps,
+        round_trip_seconds=None if trip is None else trip / 1000,
+    )

@@ -1,0 +1,195 @@
+"""The jobs this device owns: started, listed, watched, cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import shutil
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from confidantd.errors import CancelledJobError, ConfidantError, JobNotFoundError, StorageError
+from confidantd.ids import JobId, new_job_id
+from confidantd.jobs.generate import GenerateJob
+from confidantd.jobs.launch import JobServices, ask_coordinator, failure_event
+from confidantd.jobs.options import (
+    GenerateOptions,
+    PlanOptions,
+    TrainOptions,
+    model_folder,
+    options_from,
+)
+from confidantd.jobs.record import FINAL_STATES, JobLog, JobRecord
+from confidantd.jobs.setup import generate_workload, train_workload
+from confidantd.jobs.train import TrainJob, check_training
+from confidantd.tasks import TaskSet
+
+_log = logging.getLogger(__name__)
+
+FIRST_EPOCH = 1
+MAX_REMEMBERED_JOBS = 200  # the oldest ended ones are forgotten, on disk too
+PLAN_ONLY = JobId("plan")
+
+
+class Jobs:
+    """Jobs owned by this device. `Jobs.load` reads what earlier runs of the daemon left."""
+
+    def __init__(self, services: JobServices, name: str) -> None:
+        self._services = services
+        self._name = name
+        self._folder = services.home / "jobs"
+        self._logs: dict[JobId, JobLog] = {}
+        self._running: dict[JobId, asyncio.Task[None]] = {}
+        self._tasks = TaskSet("jobs")
+
+    async def load(self) -> None:
+        """Remember jobs of earlier runs; those that were running have failed."""
+        for log in await asyncio.to_thread(_read_logs, self._folder):
+            self._logs[log.record.id] = log
+            if log.record.state not in FINAL_STATES:
+                log.record.state = "failed"
+                log.record.message = "the daemon ended while the job ran"
+                await log.save()
+
+    def list(self) -> list[dict[str, Any]]:
+        """Records, the newest first."""
+        records = sorted((log.record for log in self._logs.values()), key=lambda r: -r.created)
+        return [record.to_json() for record in records]
+
+    def get(self, job: str) -> JobLog:
+        """A job's log; `JobNotFoundError` if there is none."""
+        log = self._logs.get(JobId(job))
+        if log is None:
+            raise JobNotFoundError(f"there is no job {job[:40]}", "see `confidant jobs`")
+        return log
+
+    async def plan(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The plan that a job with these options would get now."""
+        options = options_from(PlanOptions, request)
+        make = train_workload if options.objective == "train" else generate_workload
+        workload = await asyncio.to_thread(make, options)
+        record = JobRecord(PLAN_ONLY, "train", options.model, self._name, time.time())
+        log = JobLog(record, self._folder / PLAN_ONLY)
+        plan = await ask_coordinator(self._services, "job.plan", workload, log, options.devices)
+        return plan.to_json()
+
+    async def train(self, request: Mapping[str, Any]) -> JobLog:
+        """Start training; what can be refused at once is raised here."""
+        options = options_from(TrainOptions, request)
+        await asyncio.to_thread(check_training, options)
+        log = self._new("train", options.model)
+        log.record.output = options.output
+        self._start(log, TrainJob(options, log, self._services).run)
+        return log
+
+    async def generate(self, request: Mapping[str, Any]) -> JobLog:
+        """Start generating; what can be refused at once is raised here."""
+        options = options_from(GenerateOptions, request)
+        options.check()
+        await asyncio.to_thread(model_folder, options.model)
+        log = self._new("generate", options.model)
+        self._start(log, GenerateJob(options, log, self._services).run)
+        return log
+
+    def cancel(self, job: str) -> None:
+        """Cancel a running job; one that has ended stays as it is."""
+        log = self.get(job)
+        task = self._running.get(log.record.id)
+        if task is not None:
+            task.cancel()
+
+    async def close(self) -> None:
+        """Cancel what runs and wait until its stages are released."""
+        await self._tasks.close()
+
+    def _new(self, kind: Literal["train", "generate"], model: str) -> JobLog:
+        record = JobRecord(new_job_id(), kind, model, self._name, time.time(), epoch=FIRST_EPOCH)
+        log = JobLog(record, self._folder / record.id)
+        self._logs[record.id] = log
+        self._forget_oldest()
+        return log
+
+    def _start(self, log: JobLog, run: Callable[[], Awaitable[None]]) -> None:
+        job = log.record.id
+        self._running[job] = self._tasks.start(self._run(log, run), job)
+
+    async def _run(self, log: JobLog, run: Callable[[], Awaitable[None]]) -> None:
+        """Run a job to its end, whatever that is, and keep the outcome."""
+        failure: ConfidantError | None = None
+        try:
+            await run()
+            log.record.state = "done"
+        except asyncio.CancelledError:
+            failure = CancelledJobError("the job was cancelled")
+            log.record.state = "cancelled"
+            raise
+        except BaseExceptionGroup as group:
+            failure = _first_cause(group)
+        except ConfidantError as caught:
+            failure = caught
+        except OSError as caught:
+            failure = StorageError(
+                f"{caught.filename or 'a file'}: {caught.strerror or caught}",
+                "free some disk space or change the permissions",
+            )
+        finally:
+            await asyncio.shield(self._end(log, failure))
+
+    async def _end(self, log: JobLog, failure: ConfidantError | None) -> None:
+        if failure is not None:
+            if log.record.state != "cancelled":
+                log.record.state = "failed"
+            log.record.message = str(failure)
+            log.emit(failure_event(failure))
+        elif log.record.state not in FINAL_STATES:
+            log.record.state = "failed"
+            log.emit(failure_event(ConfidantError("an internal error ended the job")))
+        self._running.pop(log.record.id, None)
+        log.close()
+        try:
+            await asyncio.to_thread(_remove_data, log.folder)
+            await log.save()
+        except (OSError, StorageError) as caught:
+            _log.warning("job %s: its record was not saved (%s)", log.record.id, caught)
+
+    def _forget_oldest(self) -> None:
+        ended = [log for log in self._logs.values() if log.record.state in FINAL_STATES]
+        ended.sort(key=lambda log: log.record.created)
+        for log in ended[: max(0, len(self._logs) - MAX_REMEMBERED_JOBS)]:
+            del self._logs[log.record.id]
+            shutil.rmtree(log.folder, ignore_errors=True)
+
+
+def _first_cause(group: BaseExceptionGroup[BaseException]) -> ConfidantError:
+    """The first error of a group that says something; anything else is a bug and is raised."""
+    known, rest = group.split(ConfidantError)
+    while isinstance(known, BaseExceptionGroup):
+        first = known.exceptions[0]
+        if isinstance(first, ConfidantError):
+            return first
+        known = first if isinstance(first, BaseExceptionGroup) else None
+    raise rest or group
+
+
+def _read_logs(folder: Path) -> list[JobLog]:
+    logs = []
+    for path in sorted(folder.glob("*/job.json")):
+        try:
+            log = JobLog(JobRecord(**json.loads(path.read_text())), path.parent)
+            for line in (path.parent / "events.jsonl").read_text().splitlines():
+                log.emit(json.loads(line))
+        except (OSError, ValueError, TypeError) as failure:
+            _log.warning("the record %s cannot be read (%s); it is left alone", path, failure)
+            continue
+        log.close()
+        logs.append(log)
+    return logs
+
+
+def _remove_data(folder: Path) -> None:
+    """Tokens of private text do not outlive their job."""
+    for name in ("train", "eval"):
+        shutil.rmtree(folder / name, ignore_errors=True)

@@ -1,0 +1,204 @@
+"""Turns options into what every job needs: model, adapter, plan request, assignments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from confidantd.errors import ModelError, UsageError
+from confidantd.ids import DeviceId, JobId
+from confidantd.jobs.options import (
+    DEFAULT_SEQUENCE_LENGTH,
+    GenerateOptions,
+    PlanOptions,
+    TrainOptions,
+    model_folder,
+)
+from confidantd.models.adapter import adapter_tensor_names, read_adapter
+from confidantd.models.folder import ModelFolder, TensorLocation, read_model
+from confidantd.models.spec import LoraSpec, Method, ModelSpec, ProgramRequest
+from confidantd.models.tensors import check_targets, default_targets, stage_tensor_names
+from confidantd.planner.plan import Plan
+from confidantd.wire.jobs import PlanRequest
+from confidantd.wire.stage import (
+    OptimizerSpec,
+    ProgramEntry,
+    StageAssignment,
+    StageSpec,
+    TensorEntry,
+)
+
+DEFAULT_RANK = 8
+DEFAULT_ALPHA = 16.0
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A model and what shall be done with it."""
+
+    model: ModelFolder
+    method: Method | None
+    lora: LoraSpec | None
+    adapter: Mapping[str, TensorLocation]
+    batch_size: int
+    microbatches: int
+    sequence_length: int
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's spec."""
+        return self.model.spec
+
+    def plan_request(self, job: JobId, epoch: int, devices: tuple[str, ...]) -> PlanRequest:
+        """What the coordinator needs to plan this."""
+        return PlanRequest(
+            job=job,
+            epoch=epoch,
+            model_name=self.model.path.name,
+            model=self.spec,
+            objective="train" if self.method else "generate",
+            method=self.method,
+            lora=self.lora,
+            batch_size=self.batch_size,
+            microbatches=self.microbatches,
+            sequence_length=self.sequence_length,
+            devices=devices,
+        )
+
+    def program_request(self) -> ProgramRequest:
+        """What the compiler needs to know. Adapters are merged for generation, so it needs none."""
+        if self.method is None:
+            return ProgramRequest(self.spec, "generate")
+        return ProgramRequest(
+            self.spec,
+            "train",
+            self.method,
+            self.lora,
+            self.batch_size // self.microbatches,
+            self.sequence_length,
+        )
+
+
+def train_workload(options: TrainOptions | PlanOptions) -> Workload:
+    """Read the model (and the adapter to start from) and check the options against it."""
+    model = read_model(model_folder(options.model))
+    method: Method = "lora" if options.method == "lora" else "full"
+    adapter_folder = getattr(options, "init_adapter", None)
+    lora, adapter = None, {}
+    if method == "lora":
+        lora, adapter = _lora(model, options, adapter_folder)
+    checked = TrainOptions(
+        options.model, (), "", batch_size=options.batch_size, microbatches=options.microbatches
+    )
+    checked.check()
+    length = options.sequence_length or min(DEFAULT_SEQUENCE_LENGTH, model.spec.max_positions)
+    if length > model.spec.max_positions:
+        raise UsageError(
+            f"a sequence of {length} tokens is longer than the model allows "
+            f"({model.spec.max_positions})",
+            "lower --sequence-length",
+        )
+    return Workload(
+        model, method, lora, adapter, options.batch_size, checked.microbatch_count, length
+    )
+
+
+def generate_workload(
+    options: GenerateOptions | PlanOptions, prompt_tokens: int = 0
+) -> Workload:
+    """Read the model and the adapter; room for prompt and new tokens is `sequence_length`."""
+    model = read_model(model_folder(options.model))
+    lora, adapter = None, {}
+    folder = getattr(options, "adapter", None)
+    if folder is not None:
+        lora, adapter = read_adapter(_adapter_folder(folder), model.spec)
+    length = prompt_tokens + options.max_new_tokens
+    return Workload(model, None, lora, adapter, 1, 1, min(length, model.spec.max_positions))
+
+
+def _lora(
+    model: ModelFolder, options: TrainOptions | PlanOptions, folder: str | None
+) -> tuple[LoraSpec, dict[str, TensorLocation]]:
+    if folder is None:
+        targets = options.target_modules or default_targets(model.spec)
+        check_targets(model.spec, targets)
+        alpha = DEFAULT_ALPHA if options.alpha is None else options.alpha
+        return LoraSpec(options.rank or DEFAULT_RANK, alpha, tuple(targets)), {}
+    lora, adapter = read_adapter(_adapter_folder(folder), model.spec)
+    if options.rank not in (None, lora.rank):
+        raise UsageError(f"--rank {options.rank} differs from the adapter's rank {lora.rank}")
+    return lora, adapter
+
+
+def _adapter_folder(path: str) -> Path:
+    folder = Path(path)
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"there is no adapter in {path}",
+            "give a folder with adapter_config.json and adapter_model.safetensors",
+        )
+    return folder
+
+
+def assignments(
+    workload: Workload,
+    plan: Plan,
+    *,
+    job: JobId,
+    epoch: int,
+    source: DeviceId,
+    programs: dict[str, ProgramEntry],
+    tensors: Mapping[str, TensorEntry],
+    adapter: Mapping[str, TensorEntry],
+    optimizer: OptimizerSpec,
+    seed: int,
+) -> list[StageAssignment]:
+    """One assignment per stage of the plan, each with just the tensors it needs."""
+    rows = workload.batch_size // workload.microbatches
+    found = []
+    for index, stage in enumerate(plan.stages):
+        spec = StageSpec(
+            model=workload.spec,
+            first_layer=stage.first_layer,
+            past_last_layer=stage.past_last_layer,
+            embedding=stage.embedding,
+            head=stage.head,
+            training=workload.method,
+            lora=workload.lora,
+            microbatch_size=rows,
+            sequence_length=workload.sequence_length,
+            seed=seed,
+            optimizer=optimizer,
+        )
+        found.append(
+            StageAssignment(
+                job=job,
+                epoch=epoch,
+                stage=index,
+                stages=len(plan.stages),
+                microbatches=workload.microbatches,
+                spec=spec,
+                source=source,
+                programs=programs,
+                tensors=tuple(tensors[name] for name in stage_names(spec)),
+                adapter_tensors=tuple(
+                    adapter[name] for name in adapter_names(spec) if name in adapter
+                ),
+            )
+        )
+    return found
+
+
+def stage_names(spec: StageSpec) -> tuple[str, ...]:
+    """Names of the checkpoint tensors that a stage needs."""
+    return stage_tensor_names(
+        spec.model, spec.first_layer, spec.past_last_layer, spec.embedding, spec.head
+    )
+
+
+def adapter_names(spec: StageSpec) -> tuple[str, ...]:
+    """Names of the adapter tensors that a stage needs."""
+    if spec.lora is None:
+        return ()
+    return adapter_tensor_names(spec.model, spec.lora, spec.first_layer, spec.past_last_layer)

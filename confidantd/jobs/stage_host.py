@@ -1,0 +1,326 @@
+"""The stages that this device holds for jobs: grants memory, fetches blobs, runs workers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from confidantd.errors import (
+    ConfidantError,
+    PeerLostError,
+    ProtocolError,
+    StaleEpochError,
+    WorkerError,
+)
+from confidantd.ids import DeviceId, Digest, JobId
+from confidantd.jobs.peers import Peers
+from confidantd.jobs.worker_process import WorkerProcess
+from confidantd.store.blobs import BlobStore
+from confidantd.store.fetch import fetch
+from confidantd.tasks import TaskSet
+from confidantd.wire.codec import from_map, to_map
+from confidantd.wire.jobs import (
+    Offer,
+    OfferAnswer,
+    StageCommand,
+    StageEvent,
+    StageProgress,
+    StageStarted,
+    StopStage,
+)
+from confidantd.wire.stage import StageAssignment
+from confidantd.wire.worker import (
+    BlobRange,
+    Collect,
+    Collected,
+    Command,
+    Connect,
+    Connected,
+    Event,
+    Failed,
+    Listening,
+    Load,
+    Loaded,
+    StageAddress,
+    command_from,
+    message_map,
+)
+
+_log = logging.getLogger(__name__)
+
+OFFER_SECONDS = 600.0  # a granted offer that is never started is forgotten (compiling comes between)
+LOAD_SECONDS = 300.0  # a phone reads a 1 GB stage from its flash in about a minute
+PARALLEL_FETCHES = 4
+EVENT_QUEUE = 256
+
+
+@dataclass(slots=True)
+class HeldStage:
+    """One granted stage; `process` is there once it was started."""
+
+    offer: Offer
+    expires: float
+    process: WorkerProcess | None = None
+    started: dict[type[Event], asyncio.Future[Event]] = field(default_factory=dict)
+
+
+class StageHost:
+    """Answers `stage.*` requests on this device."""
+
+    def __init__(
+        self,
+        peers: Peers,
+        store: BlobStore,
+        home: Path,
+        hosts: tuple[str, ...],
+        threads: int,
+        available_bytes: Callable[[], int],
+        address_of: Callable[[DeviceId], str | None],
+    ) -> None:
+        self._peers = peers
+        self._store = store
+        self._home = home
+        self._hosts = hosts
+        self._threads = threads
+        self._available_bytes = available_bytes
+        self._address_of = address_of
+        self._held: dict[JobId, HeldStage] = {}
+        self._epochs: dict[JobId, int] = {}
+        self._tasks = TaskSet("stages")
+        self._handle("stage.offer", self._offer)
+        self._handle("stage.start", self._start)
+        self._handle("stage.command", self._command)
+        self._handle("stage.stop", self._stop)
+
+    def _handle(
+        self, method: str, handler: Callable[[DeviceId, dict[str, Any]], Awaitable[dict[str, Any]]]
+    ) -> None:
+        self._peers.on_request(method, handler)
+
+    def granted_bytes(self) -> int:
+        """Memory promised to jobs on this device."""
+        self._forget_expired()
+        return sum(held.offer.memory_bytes for held in self._held.values())
+
+    def jobs(self) -> tuple[JobId, ...]:
+        """Jobs that hold a stage here."""
+        return tuple(self._held)
+
+    def owner_lost(self, device: DeviceId) -> None:
+        """Free every stage whose owner is gone: nobody would ever stop it."""
+        for job, held in list(self._held.items()):
+            if held.offer.owner == device:
+                _log.warning("job %s: its owner is gone; its stage here ends", job)
+                self._tasks.start(self._release(job), f"release-{job}")
+
+    async def close(self) -> None:
+        """End every worker."""
+        for job in list(self._held):
+            await self._release(job)
+        await self._tasks.close()
+
+    async def _offer(self, coordinator: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
+        offer = from_map(Offer, params)
+        self._forget_expired()
+        if offer.epoch < self._epochs.get(offer.job, 0):
+            raise StaleEpochError(f"job {offer.job} is already in a later epoch here")
+        held = self._held.get(offer.job)
+        free = self._available_bytes() + (held.offer.memory_bytes if held else 0)
+        if offer.memory_bytes > free:
+            return to_map(OfferAnswer(False, free, "not enough memory is available now"))
+        self._epochs[offer.job] = offer.epoch
+        now = asyncio.get_running_loop().time()
+        self._held[offer.job] = HeldStage(offer, now + OFFER_SECONDS)
+        return to_map(OfferAnswer(True, free))
+
+    async def _start(self, owner: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
+        assignment = from_map(StageAssignment, params)
+        held = self._granted(owner, assignment.job, assignment.epoch)
+        if held.process is not None:
+            raise ProtocolError(f"job {assignment.job} already runs here")
+        held.expires = float("inf")
+        assignment = replace(
+            assignment, threads=self._threads, memory_bytes=held.offer.memory_bytes
+        )
+        try:
+            blobs = await self._fetch_blobs(owner, assignment)
+            return to_map(await self._start_worker(held, assignment, blobs))
+        except BaseException:
+            await self._release(assignment.job)
+            raise
+
+    async def _fetch_blobs(
+        self, owner: DeviceId, assignment: StageAssignment
+    ) -> dict[Digest, BlobRange]:
+        sizes = {entry.digest: entry.bytes for entry in assignment.programs.values()}
+        sizes |= {t.digest: t.bytes for t in assignment.tensors + assignment.adapter_tensors}
+        progress = _FetchProgress(self._peers, owner, assignment, sum(sizes.values()))
+        gate = asyncio.Semaphore(PARALLEL_FETCHES)
+
+        async def one(digest: Digest, size_bytes: int) -> tuple[Digest, BlobRange]:
+            async with gate:
+                found = self._store.locate(digest)
+                if found is None:
+                    await fetch(
+                        self._store,
+                        lambda d, offset, length: self._peers.read_blob(
+                            assignment.source, d, offset, length
+                        ),
+                        digest,
+                        size_bytes,
+                    )
+                    found = self._store.locate(digest)
+            if found is None or found[2] != size_bytes:
+                raise ProtocolError(f"blob {digest[:12]} has another size than announced")
+            await progress.add(size_bytes)
+            return digest, BlobRange(str(found[0]), found[1], found[2])
+
+        return dict(await asyncio.gather(*(one(d, size) for d, size in sizes.items())))
+
+    async def _start_worker(
+        self, held: HeldStage, assignment: StageAssignment, blobs: dict[Digest, BlobRange]
+    ) -> StageStarted:
+        logs = self._home / "logs"
+        logs.mkdir(exist_ok=True)
+        held.process = await WorkerProcess.start(logs / f"worker-{assignment.job}.log")
+        loop = asyncio.get_running_loop()
+        held.started = {kind: loop.create_future() for kind in (Listening, Loaded)}
+        self._tasks.start(self._pump(held, held.process, assignment), f"events-{assignment.job}")
+        await held.process.send(Load(assignment, str(self._home), self._hosts, blobs))
+        try:
+            async with asyncio.timeout(LOAD_SECONDS):
+                listening = await held.started[Listening]
+                loaded = await held.started[Loaded]
+        except TimeoutError:
+            raise WorkerError(f"the stage did not load within {LOAD_SECONDS:.0f} s") from None
+        assert isinstance(listening, Listening)
+        assert isinstance(loaded, Loaded)
+        return StageStarted(listening.port, loaded.resident_bytes)
+
+    async def _pump(
+        self, held: HeldStage, process: WorkerProcess, assignment: StageAssignment
+    ) -> None:
+        """Pass the worker's events on to the job's owner, in order."""
+        async for event in process.events():
+            waiter = held.started.get(type(event))
+            if waiter is not None and not waiter.done():
+                waiter.set_result(event)
+                continue
+            if isinstance(event, Failed) and self._fail_start(held, event):
+                continue
+            if isinstance(event, Collected):
+                event = await self._store_trained(event)
+            message = StageEvent(
+                assignment.job, assignment.epoch, assignment.stage, message_map(event)
+            )
+            await self._peers.notify(held.offer.owner, "stage.event", to_map(message))
+
+    def _fail_start(self, held: HeldStage, event: Failed) -> bool:
+        """Give a failure to `_start_worker` if it still waits; False if nobody does."""
+        waiting = [future for future in held.started.values() if not future.done()]
+        for future in waiting:
+            future.set_exception(WorkerError(event.message, event.hint))
+            future.exception()  # a second waiter may never look: not worth a warning
+        return bool(waiting)
+
+    async def _store_trained(self, collected: Collected) -> Collected:
+        tensors = []
+        for tensor in collected.tensors:
+            digest = await asyncio.to_thread(self._store.put_file, Path(tensor.path))
+            tensors.append(replace(tensor, path="", digest=digest))
+        return replace(collected, tensors=tuple(tensors))
+
+    async def _command(self, owner: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
+        message = from_map(StageCommand, params)
+        held = self._granted(owner, message.job, message.epoch)
+        if held.process is None:
+            raise ProtocolError(f"job {message.job} has no worker here yet")
+        command = await self._localised(command_from(message.command), message.job)
+        await held.process.send(command)
+        return {}
+
+    async def _localised(self, command: Command, job: JobId) -> Command:
+        """Fill in what only this device knows: addresses as seen from here, folders."""
+        if isinstance(command, Connect):
+            return Connect(tuple(self._seen_from_here(a) for a in command.stages))
+        if isinstance(command, Collect):
+            folder = self._home / "jobs" / job / "trained"
+            await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
+            return Collect(str(folder))
+        return command
+
+    def _seen_from_here(self, address: StageAddress) -> StageAddress:
+        """The address of this device's own connection to the peer beats the owner's view of it."""
+        host = self._address_of(address.device)
+        return replace(address, host=host) if host else address
+
+    async def _stop(self, owner: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
+        message = from_map(StopStage, params)
+        if message.job in self._held:
+            self._granted(owner, message.job, message.epoch)
+            await self._release(message.job)
+        return {}
+
+    def _granted(self, owner: DeviceId, job: JobId, epoch: int) -> HeldStage:
+        """The stage granted to `owner`; refuses anybody else and any other epoch."""
+        held = self._held.get(job)
+        if held is None or held.offer.owner != owner:
+            raise ProtocolError(f"this device holds no stage of job {job} for that owner")
+        if held.offer.epoch != epoch:
+            raise StaleEpochError(f"job {job} is in epoch {held.offer.epoch} here, not {epoch}")
+        return held
+
+    async def _release(self, job: JobId) -> None:
+        held = self._held.pop(job, None)
+        if held is not None and held.process is not None:
+            await asyncio.shield(held.process.stop())
+        folder = self._home / "jobs" / job / "trained"
+        with contextlib.suppress(OSError):
+            await asyncio.to_thread(_remove_folder, folder)
+
+    def _forget_expired(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            now = asyncio.get_running_loop().time()
+            for job in [j for j, held in self._held.items() if held.expires < now]:
+                del self._held[job]
+
+
+class _FetchProgress:
+    """Tells the owner how many bytes of a stage have arrived, at every tenth."""
+
+    def __init__(
+        self, peers: Peers, owner: DeviceId, assignment: StageAssignment, of: int
+    ) -> None:
+        self._peers = peers
+        self._owner = owner
+        self._assignment = assignment
+        self._of = of
+        self._done = 0
+        self._told = -1
+
+    async def add(self, size_bytes: int) -> None:
+        """Count a blob that is here."""
+        self._done += size_bytes
+        tenth = 10 * self._done // max(self._of, 1)
+        if tenth == self._told:
+            return
+        self._told = tenth
+        place = self._assignment
+        message = StageProgress(
+            place.job, place.epoch, place.stage, "distribute", self._done, self._of
+        )
+        with contextlib.suppress(PeerLostError):
+            await self._peers.notify(self._owner, "stage.progress", to_map(message))
+
+
+def _remove_folder(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+
+

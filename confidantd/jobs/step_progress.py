@@ -1,0 +1,83 @@
+"""Counts the steps that every stage has applied, and says how fast they come."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from confidantd.jobs.course import Course
+from confidantd.jobs.launch import Launched
+from confidantd.jobs.record import JobLog
+from confidantd.wire.worker import StepDone
+
+SPEED_WINDOW_STEPS = 10
+
+
+@dataclass(slots=True)
+class StepProgress:
+    """Counts steps that every stage has applied, and says how fast they come."""
+
+    launched: Launched
+    course: Course
+    log: JobLog
+    done: int = 0
+    last_loss: float | None = None
+    _answers: dict[int, dict[int, StepDone]] = field(default_factory=dict)
+    _times: deque[float] = field(default_factory=lambda: deque(maxlen=SPEED_WINDOW_STEPS + 1))
+    _busy: dict[int, float] = field(default_factory=dict)
+    _wall: dict[int, float] = field(default_factory=dict)
+
+    def step_done(self, stage: int, event: StepDone) -> None:
+        """Take one stage's report; emits the `step` event with the last of them."""
+        if not self._times:
+            self._times.append(time.monotonic() - event.wall_seconds)
+        self._busy[stage] = self._busy.get(stage, 0.0) + event.busy_seconds
+        self._wall[stage] = self._wall.get(stage, 0.0) + event.wall_seconds
+        answers = self._answers.setdefault(event.step, {})
+        answers[stage] = event
+        if len(answers) == len(self.launched.pipeline):
+            del self._answers[event.step]
+            self._committed(event.step, answers)
+
+    def busy_fractions(self) -> dict[int, float]:
+        """Each stage's busy share over the whole job."""
+        return {
+            stage: round(self._busy[stage] / max(self._wall[stage], 1e-9), 4)
+            for stage in sorted(self._wall)
+        }
+
+    def _committed(self, step: int, answers: dict[int, StepDone]) -> None:
+        self.done = step + 1
+        self._times.append(time.monotonic())
+        seconds = (self._times[-1] - self._times[0]) / (len(self._times) - 1)
+        tokens = self.course.batch_size * self.course.sequence_length
+        self.last_loss = answers[len(answers) - 1].loss
+        self.log.record.step = self.done
+        self.log.emit(
+            {
+                "event": "step",
+                "step": self.done,
+                "steps": self.course.steps,
+                "loss": self.last_loss,
+                "gradient_norm": answers[0].gradient_norm,
+                "learning_rate": self.course.learning_rate(step),
+                "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+                "seconds_left": round(seconds * (self.course.steps - self.done), 1),
+                "epoch": self.log.record.epoch,
+                "stages": self._stage_shares(answers),
+            }
+        )
+
+    def _stage_shares(self, answers: dict[int, StepDone]) -> list[dict[str, Any]]:
+        return [
+            {
+                "device": stage.device,
+                "name": stage.name,
+                "busy_fraction": round(
+                    answers[i].busy_seconds / max(answers[i].wall_seconds, 1e-9), 4
+                ),
+            }
+            for i, stage in enumerate(self.launched.plan.stages)
+        ]

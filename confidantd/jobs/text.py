@@ -1,0 +1,97 @@
+"""`python -m confidantd.jobs.text FOLDER`: a tokenizer that answers JSON lines.
+
+`{"encode": text}` -> `{"ids": [...]}` (with special tokens), `{"push": id}` ->
+`{"text": what this token completes}`, `{"flush": true}` -> `{"text": the rest}`;
+what fails is answered with `{"error": {...}}`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from confidantd.errors import ConfidantError, ProtocolError
+from confidantd.jobs.tokenizer import load_tokenizer
+
+UNFINISHED = "\ufffd"  # what an incomplete character decodes to
+
+
+class StreamDecoder:
+    """Text of a token stream, given out as its characters become complete.
+
+    The pieces together are the decoding of prompt and new tokens less that of the
+    prompt, special tokens skipped: a tokenizer may join a token with those before it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
+        self._tokenizer = tokenizer
+        self._ids = list(prompt)
+        self._shown = len(self._decode())
+
+    def push(self, token: int) -> str:
+        """The text that one more token completes."""
+        self._ids.append(token)
+        text = self._decode()
+        if text.endswith(UNFINISHED):
+            return ""
+        return self._show(text)
+
+    def flush(self) -> str:
+        """What is left at the end, complete or not."""
+        return self._show(self._decode())
+
+    def _show(self, text: str) -> str:
+        new, self._shown = text[self._shown :], max(self._shown, len(text))
+        return new
+
+    def _decode(self) -> str:
+        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+
+
+class TextServer:
+    """Answers the questions of one generation."""
+
+    def __init__(self, folder: Path) -> None:
+        self._tokenizer = load_tokenizer(folder)
+        self._decoder = StreamDecoder(self._tokenizer, [])
+
+    def answer(self, question: dict[str, Any]) -> dict[str, Any]:
+        """The answer to one question."""
+        match question:
+            case {"encode": str(text)}:
+                ids = list(self._tokenizer.encode(text).ids)
+                self._decoder = StreamDecoder(self._tokenizer, ids)
+                return {"ids": ids}
+            case {"push": int(token)}:
+                return {"text": self._decoder.push(token)}
+            case {"flush": True}:
+                return {"text": self._decoder.flush()}
+            case _:
+                raise ProtocolError("the tokenizer was asked something unknown")
+
+
+def main() -> int:
+    """Serve until standard input ends."""
+    failure: ConfidantError | None = None
+    server: TextServer | None = None
+    try:
+        server = TextServer(Path(sys.argv[1]))
+    except ConfidantError as caught:
+        failure = caught
+    for line in sys.stdin:
+        try:
+            if server is None:
+                raise failure or ProtocolError("no tokenizer")
+            answer = server.answer(json.loads(line))
+        except ConfidantError as caught:
+            answer = {"error": caught.to_wire()}
+        print(json.dumps(answer), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""A training job on its owner's device: prepare, launch, feed steps, collect the result."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+from confidantd.errors import DataError, WorkerError
+from confidantd.jobs.course import Course, make_course
+from confidantd.jobs.feeder import Feeder
+from confidantd.jobs.launch import JobServices, Launched, emit_progress, launch
+from confidantd.jobs.options import TrainOptions, check_files, check_output
+from confidantd.jobs.output import write_adapter, write_checkpoint
+from confidantd.jobs.record import JobLog
+from confidantd.jobs.setup import Workload, train_workload
+from confidantd.jobs.step_progress import StepProgress
+from confidantd.jobs.subprocesses import run_module
+from confidantd.jobs.training_data import TokenBlocks
+from confidantd.wire.stage import OptimizerSpec
+from confidantd.wire.worker import (
+    Collect,
+    Collected,
+    Evaluated,
+    StepDone,
+    TrainedTensor,
+)
+
+STEPS_AHEAD = 2  # batches that wait at the stages, so that none waits for the owner
+
+
+class TrainJob:
+    """One `confidant train`; may only be run once."""
+
+    def __init__(self, options: TrainOptions, log: JobLog, services: JobServices) -> None:
+        self._options = options
+        self._log = log
+        self._services = services
+
+    async def run(self) -> None:
+        """Train and write the output; emits every event but `failed`."""
+        options, folder = self._options, self._log.folder
+        workload = await asyncio.to_thread(check_training, options)
+        await self._prepare(folder / "train", options.data, workload)
+        if options.eval_data is not None:
+            await self._prepare(folder / "eval", (options.eval_data,), workload)
+        with TokenBlocks(folder / "train") as blocks:
+            course = make_course(options, blocks.count, blocks.sequence_length)
+            self._log.record.steps = course.steps
+            launched = await launch(
+                self._services,
+                self._log,
+                workload,
+                options.devices,
+                OptimizerSpec(weight_decay=options.weight_decay),
+                options.seed,
+            )
+            try:
+                progress = await self._train(launched, course, blocks)
+                await self._finish(launched, workload, progress)
+            finally:
+                await asyncio.shield(launched.pipeline.stop())
+
+    async def _prepare(self, folder: Path, files: tuple[str, ...], workload: Workload) -> None:
+        """Tokenise and pack the files in a subprocess (the tokenizer stays out of the daemon)."""
+        emit_progress(self._log, "prepare", 0, len(files))
+        await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
+        request = {
+            "model": str(workload.model.path),
+            "files": list(files),
+            "sequence_length": workload.sequence_length,
+        }
+        question = folder / "request.json"
+        await asyncio.to_thread(question.write_text, json.dumps(request))
+        await run_module(
+            "confidantd.jobs.dataset",
+            [str(question), str(folder)],
+            self._services.home / "logs" / "dataset.log",
+            lambda p: emit_progress(
+                self._log, "prepare", int(p["done"]), int(p["of"]), str(p["progress"])
+            ),
+            DataError,
+        )
+
+    async def _train(
+        self, launched: Launched, course: Course, blocks: TokenBlocks
+    ) -> StepProgress:
+        self._log.record.state = "running"
+        feeder = Feeder(launched, course, blocks, self._log.folder / "eval", self._options)
+        progress = StepProgress(launched, course, self._log)
+        await feeder.feed_until(STEPS_AHEAD)
+        while not (feeder.done and progress.done == course.steps and feeder.evaluations == 0):
+            stage, event = await launched.pipeline.next_event()
+            if isinstance(event, StepDone):
+                progress.step_done(stage, event)
+                await feeder.feed_until(progress.done + STEPS_AHEAD)
+            elif isinstance(event, Evaluated):
+                loss = feeder.evaluated(event)
+                if loss is not None:
+                    self._log.emit({"event": "eval", "step": loss[0], "loss": loss[1]})
+        return progress
+
+    async def _finish(
+        self, launched: Launched, workload: Workload, progress: StepProgress
+    ) -> None:
+        emit_progress(self._log, "save", 0, 1)
+        tensors, peaks = await self._collect(launched)
+        await asyncio.to_thread(self._write, workload, tensors)
+        emit_progress(self._log, "save", 1, 1)
+        busy = progress.busy_fractions()
+        self._log.emit(
+            {
+                "event": "done",
+                "job": self._log.record.id,
+                "output": self._options.output,
+                "steps": progress.done,
+                "final_loss": progress.last_loss,
+                "stages": [
+                    {
+                        "device": stage.device,
+                        "name": stage.name,
+                        "layers": [stage.first_layer, stage.past_last_layer],
+                        "peak_memory_bytes": peaks[index],
+                        "busy_fraction": busy[index],
+                    }
+                    for index, stage in enumerate(launched.plan.stages)
+                ],
+            }
+        )
+
+    async def _collect(
+        self, launched: Launched
+    ) -> tuple[dict[str, TrainedTensor], dict[int, int]]:
+        """Trained tensors by name, fetched and verified, and each stage's peak memory."""
+        pipeline = launched.pipeline
+        await pipeline.broadcast(Collect())
+        tensors: dict[str, TrainedTensor] = {}
+        peaks: dict[int, int] = {}
+        while len(peaks) < len(pipeline):
+            stage, event = await pipeline.next_event()
+            if not isinstance(event, Collected):
+                continue
+            peaks[stage] = event.peak_memory_bytes
+            for tensor in event.tensors:
+                await pipeline.fetch_trained(stage, tensor, self._services.store)
+                tensors[tensor.name] = tensor
+            emit_progress(self._log, "save", len(peaks), len(pipeline) + 1)
+        if not tensors:
+            raise WorkerError("no stage returned a trained tensor")
+        return tensors, peaks
+
+    def _write(self, workload: Workload, tensors: dict[str, TrainedTensor]) -> None:
+        output, store = check_output(self._options.output), self._services.store
+        model = workload.model.path
+        if workload.lora is not None:
+            write_adapter(output, model, workload.spec, workload.lora, tensors, store)
+        else:
+            write_checkpoint(output, model, tensors, store)
+
+
+def check_training(options: TrainOptions) -> Workload:
+    """Everything that can be refused before the job begins; reads the model's headers."""
+    options.check()
+    check_output(options.output)
+    check_files(options.data)
+    if options.eval_data is not None:
+        check_files((options.eval_data,))
+    return train_workload(options)

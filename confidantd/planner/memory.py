@@ -1,0 +1,81 @@
+"""How much memory one stage takes, by kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from confidantd.planner.workload import FLOAT_BYTES, Workload
+from confidantd.schedule.one_f_one_b import in_flight
+
+RUNTIME_BYTES = 90 * 1024 * 1024  # a worker with numpy, onnxruntime and its links, measured
+LOGIT_COPIES = 4  # logits, log-softmax and their gradients in the head's backward program
+ATTENTION_COPIES = 4  # scores, probabilities and their gradients [b, H, S, S]
+COLUMN_COPIES = 6  # gate, up, their product and the gradients [b, S, columns]
+HIDDEN_COPIES = 12  # residuals, norms, q, k, v and their gradients [b, S, D]
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Bytes of one stage. `kept`: block inputs of the microbatches in flight."""
+
+    weights: int
+    gradients: int
+    moments: int
+    kept: int
+    cache: int
+    workspace: int
+    runtime: int = RUNTIME_BYTES
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return sum(int(getattr(self, field.name)) for field in fields(self))
+
+
+def stage_memory(
+    work: Workload, layers: int, *, embedding: bool, head: bool, stage: int, stages: int
+) -> MemoryEstimate:
+    """The estimate for a stage of `layers` blocks, at place `stage` of `stages`."""
+    ends = work.embedding_parameters if embedding else 0
+    if head and not (work.tied and embedding):
+        ends += work.head_parameters
+    frozen = layers * work.block_parameters + ends
+    adapter = layers * work.block_adapter
+    trained = {"full": frozen, "lora": adapter, None: 0}[work.method]
+    held = frozen + (adapter if work.method == "lora" else 0)
+    kept = 0
+    if work.method is not None:
+        kept = in_flight(stage, stages, work.microbatches) * layers * work.activation_bytes
+    return MemoryEstimate(
+        weights=FLOAT_BYTES * held,
+        gradients=FLOAT_BYTES * trained,
+        moments=2 * FLOAT_BYTES * trained,
+        kept=kept,
+        cache=_cache_bytes(work, layers),
+        workspace=_workspace_bytes(work, head=head),
+    )
+
+
+def _cache_bytes(work: Workload, layers: int) -> int:
+    """Keys and values of every position, twice while a step makes the new cache."""
+    if work.method is not None:
+        return 0
+    return 2 * 2 * FLOAT_BYTES * layers * work.kv_width * work.sequence_length
+
+
+def _workspace_bytes(work: Workload, *, head: bool) -> int:
+    """The larger of what a block's program and the head's program need while they run."""
+    tokens, length = work.tokens, work.sequence_length
+    attention = work.microbatch_size * work.heads * length * length
+    floats = (
+        ATTENTION_COPIES * attention
+        + COLUMN_COPIES * tokens * work.columns
+        + HIDDEN_COPIES * tokens * work.hidden
+    )
+    if work.method == "full":
+        floats += work.block_parameters  # a block's gradients before they are added up
+    if head and work.method is not None:
+        logits = LOGIT_COPIES * tokens * work.vocabulary
+        table = work.head_parameters if work.method == "full" else 0
+        floats = max(floats, logits + table)
+    return FLOAT_BYTES * floats

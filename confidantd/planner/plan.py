@@ -1,0 +1,207 @@
+"""A plan: which device holds which layers, what that costs, and who was left out and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from confidantd.errors import DeviceError, DoesNotFitError
+from confidantd.ids import DeviceId
+from confidantd.planner.memory import stage_memory
+from confidantd.planner.partition import (
+    Partition,
+    PlanDevice,
+    best_partition,
+    link_seconds,
+    stage_seconds,
+)
+from confidantd.planner.workload import Workload
+
+MEGABYTE = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """One stage: layers [first_layer, past_last_layer) on a device; seconds per microbatch."""
+
+    device: DeviceId
+    name: str
+    first_layer: int
+    past_last_layer: int
+    embedding: bool
+    head: bool
+    memory_bytes: int
+    available_bytes: int
+    seconds: float
+    heads: int
+    columns: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinkPlan:
+    """What one step (or token) sends over a link, both ways, and the seconds of one microbatch."""
+
+    source: DeviceId
+    target: DeviceId
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A device that the plan does not use."""
+
+    device: DeviceId
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The whole plan; `seconds` is predicted for a step (training) or a token (generation)."""
+
+    model: str
+    objective: str
+    stages: tuple[StagePlan, ...]
+    links: tuple[LinkPlan, ...]
+    left_out: tuple[LeftOut, ...]
+    seconds: float
+    tokens_per_second: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of the command-line contract."""
+        return {
+            "model": self.model,
+            "objective": self.objective,
+            "stages": [_stage_json(stage) for stage in self.stages],
+            "links": [
+                {"from": k.source, "to": k.target, "bytes": k.bytes, "seconds": k.seconds}
+                for k in self.links
+            ],
+            "left_out": [
+                {"device": d.device, "name": d.name, "reason": d.reason} for d in self.left_out
+            ],
+            "predicted": {
+                "step_seconds": self.seconds,
+                "tokens_per_second": self.tokens_per_second,
+            },
+        }
+
+
+def make_plan(
+    work: Workload, devices: Sequence[PlanDevice], owner: DeviceId, *, use_all: bool = False
+) -> Plan:
+    """The fastest plan that fits; `DoesNotFitError` names each device's shortfall."""
+    if use_all and len(devices) > work.layers:
+        raise DeviceError(
+            f"{len(devices)} devices cannot share {work.layers} layers", "name fewer devices"
+        )
+    found = best_partition(work, devices, owner, use_all=use_all)
+    if found is None:
+        raise _does_not_fit(work, devices, use_all=use_all)
+    tokens = work.tokens * work.microbatches if work.method else 1
+    return Plan(
+        model=work.model,
+        objective="train" if work.method else "generate",
+        stages=_stages(work, found),
+        links=_links(work, found),
+        left_out=_left_out(work, devices, found),
+        seconds=found.seconds,
+        tokens_per_second=tokens / found.seconds,
+    )
+
+
+def _stages(work: Workload, found: Partition) -> tuple[StagePlan, ...]:
+    stages = []
+    first, last = 0, len(found.devices) - 1
+    for index, (device, layers) in enumerate(zip(found.devices, found.layers, strict=True)):
+        embedding, head = index == 0, index == last
+        memory = stage_memory(
+            work, layers, embedding=embedding, head=head, stage=index, stages=last + 1
+        )
+        stages.append(
+            StagePlan(
+                device=device.id,
+                name=device.name,
+                first_layer=first,
+                past_last_layer=first + layers,
+                embedding=embedding,
+                head=head,
+                memory_bytes=memory.total,
+                available_bytes=device.available_bytes,
+                seconds=stage_seconds(work, device, layers, head=head),
+                heads=work.heads,
+                columns=work.columns,
+            )
+        )
+        first += layers
+    return tuple(stages)
+
+
+def _links(work: Workload, found: Partition) -> tuple[LinkPlan, ...]:
+    ways = 2 * work.microbatches if work.method else 1
+    return tuple(
+        LinkPlan(a.id, b.id, ways * work.activation_bytes, link_seconds(work, a, b))
+        for a, b in zip(found.devices, found.devices[1:], strict=False)
+    )
+
+
+def _left_out(
+    work: Workload, devices: Sequence[PlanDevice], found: Partition
+) -> tuple[LeftOut, ...]:
+    """Why each unused device is not used: too little memory, or it would not help."""
+    used = {device.id for device in found.devices}
+    return tuple(
+        LeftOut(d.id, d.name, _reason(work, d, found)) for d in devices if d.id not in used
+    )
+
+
+def _reason(work: Workload, device: PlanDevice, found: Partition) -> str:
+    least = stage_memory(work, 1, embedding=False, head=False, stage=1, stages=3).total
+    if device.available_bytes < least:
+        short = (least - device.available_bytes) / MEGABYTE
+        return f"one layer needs {short:.0f} MB more memory than it has"
+    verb = "step" if work.method else "token"
+    return f"with it a {verb} would take longer than {found.seconds:.3g} s"
+
+
+def _does_not_fit(
+    work: Workload, devices: Sequence[PlanDevice], *, use_all: bool
+) -> DoesNotFitError:
+    """Each device's memory against an equal share of the model, and what would help."""
+    count = min(len(devices), work.layers)
+    share = -(-work.layers // count)
+    shortfalls = []
+    for index, device in enumerate(devices):
+        stage = min(index, count - 1)
+        need = stage_memory(
+            work, share, embedding=stage == 0, head=stage == count - 1, stage=stage, stages=count
+        ).total
+        short = need - device.available_bytes
+        state = f"is {short / MEGABYTE:.0f} MB short of" if short > 0 else "has"
+        shortfalls.append(f"{device.name} {state} the {need / MEGABYTE:.0f} MB for its share")
+    hints = []
+    if work.method == "full":
+        hints.append("--method lora")
+    if work.method is not None and work.microbatch_size > 1:
+        hints.append("more --microbatches or a smaller --batch-size")
+    hints.append("fewer --devices" if use_all and count > 1 else "another device")
+    verb = "training" if work.method else "running"
+    return DoesNotFitError(
+        f"{verb} {work.model} does not fit: {'; '.join(shortfalls)}", "try " + ", ".join(hints)
+    )
+
+
+def _stage_json(stage: StagePlan) -> dict[str, Any]:
+    return {
+        "device": stage.device,
+        "name": stage.name,
+        "layers": [stage.first_layer, stage.past_last_layer],
+        "embedding": stage.embedding,
+        "head": stage.head,
+        "memory_bytes": stage.memory_bytes,
+        "available_bytes": stage.available_bytes,
+        "seconds": stage.seconds,
+        "backends": [{"name": "cpu", "heads": stage.heads, "columns": stage.columns}],
+    }

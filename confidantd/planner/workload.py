@@ -1,0 +1,64 @@
+"""What a plan is made for: sizes of the model's parts and of a step; plain numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FLOAT_BYTES = 4
+Method = Literal["full", "lora"]
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Parameter counts and shapes. `method` None is generation.
+
+    `block_adapter` counts LoRA weights of one block. `sequence_length` S is the
+    training length, or prompt plus new tokens. `tied`: head and embedding share a table.
+    """
+
+    model: str
+    layers: int
+    block_parameters: int
+    block_adapter: int
+    embedding_parameters: int
+    head_parameters: int
+    tied: bool
+    hidden: int
+    vocabulary: int
+    heads: int
+    head_dim: int
+    kv_width: int
+    columns: int
+    microbatch_size: int
+    microbatches: int
+    sequence_length: int
+    method: Method | None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in one microbatch."""
+        return self.microbatch_size * self.sequence_length
+
+    @property
+    def activation_bytes(self) -> int:
+        """One microbatch between two stages: [b, S, D] in training, one token in generation."""
+        return FLOAT_BYTES * self.hidden * (self.tokens if self.method else 1)
+
+
+def stage_flops(work: Workload, layers: int, *, head: bool) -> float:
+    """Floating-point operations of one microbatch on a stage (of one token in generation).
+
+    A product with n weights costs 2n a token, exact attention 4 S H Dh a token.
+    Training in recompute form runs each block forward twice and backward once; the
+    backward costs two forwards in full fine-tuning and about one with frozen weights.
+    """
+    tokens = work.tokens if work.method else 1
+    attention = 4 * work.sequence_length * work.heads * work.head_dim
+    block = tokens * (2 * (work.block_parameters + work.block_adapter) + attention)
+    passes = {"full": 4.0, "lora": 3.0, None: 1.0}[work.method]
+    flops = passes * layers * block
+    if head:
+        head_passes = {"full": 3.0, "lora": 2.0, None: 1.0}[work.method]
+        flops += head_passes * 2 * tokens * work.hidden * work.vocabulary
+    return flops

@@ -1,0 +1,42 @@
+"""What the swarm shows of its devices, and of who coordinates."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from confidantd.ids import DeviceId
+from confidantd.wire.resources import Resources
+
+PeerState = Literal["alive", "suspect", "gone", "unpaired"]
+
+TAG_CHARACTERS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class PeerView:
+    """One device as this one sees it. `address` is `host:port` or empty; times are smoothed."""
+
+    id: DeviceId
+    name: str
+    state: PeerState
+    address: str
+    round_trip_ms: float | None
+    resources: Resources | None
+    is_self: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorView:
+    """The coordinator that this device follows, and the term of its claim."""
+
+    id: DeviceId
+    name: str
+    term: int
+
+
+def swarm_tag(devices: Iterable[DeviceId]) -> str:
+    """A short name for a set of paired devices: equal where the same devices are paired."""
+    return hashlib.sha256("\n".join(sorted(devices)).encode()).hexdigest()[:TAG_CHARACTERS]

@@ -1,0 +1,124 @@
+"""Requests between owner, coordinator, compiler and the devices that hold stages.
+
+| method | from | to | carries |
+|---|---|---|---|
+| `job.plan` | owner | coordinator | `PlanRequest` -> plan, nothing reserved |
+| `job.negotiate` | owner | coordinator | `PlanRequest` -> plan that every device accepted |
+| `stage.offer` | coordinator | device | `Offer` -> `OfferAnswer` |
+| `stage.start` | owner | device | `StageAssignment` -> `StageStarted` |
+| `stage.command` | owner | device | `StageCommand` |
+| `stage.event` (notify) | device | owner | `StageEvent` |
+| `stage.progress` (notify) | device | owner | `StageProgress` |
+| `stage.stop` | owner | device | `StopStage` |
+| `programs.compile` | owner | compiler | `ProgramRequest` -> `Compiled` |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from confidantd.ids import DeviceId, JobId
+from confidantd.models.spec import LoraSpec, Method, ModelSpec
+from confidantd.wire.stage import ProgramEntry
+
+Objective = Literal["train", "generate"]
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """What a plan depends on. `devices` are names or ids that must all be used; empty: any.
+
+    `sequence_length` is the training length, or prompt plus new tokens for generation.
+    """
+
+    job: JobId
+    epoch: int
+    model_name: str
+    model: ModelSpec
+    objective: Objective
+    method: Method | None
+    lora: LoraSpec | None
+    batch_size: int
+    microbatches: int
+    sequence_length: int
+    devices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """One device's part of a plan: layers [first_layer, past_last_layer) and their memory."""
+
+    job: JobId
+    epoch: int
+    term: int
+    owner: DeviceId
+    stage: int
+    stages: int
+    first_layer: int
+    past_last_layer: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class OfferAnswer:
+    """Accepted, or declined with what the device has and why."""
+
+    accepted: bool
+    available_bytes: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StageStarted:
+    """The worker has loaded its stage and listens on `port` for the other stages."""
+
+    port: int
+    resident_bytes: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class StageCommand:
+    """A command (`wire.worker.message_map`) for the worker of one stage."""
+
+    job: JobId
+    epoch: int
+    stage: int
+    command: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class StageEvent:
+    """An event (`wire.worker.message_map`) of the worker of one stage."""
+
+    job: JobId
+    epoch: int
+    stage: int
+    event: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class StageProgress:
+    """How far a device is in fetching or loading its stage."""
+
+    job: JobId
+    epoch: int
+    stage: int
+    phase: Literal["distribute", "load"]
+    done: int
+    of: int
+
+
+@dataclass(frozen=True, slots=True)
+class StopStage:
+    """End the worker of a job on this device and free what was granted."""
+
+    job: JobId
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """The programs of a request; the answering device serves them as blobs."""
+
+    programs: dict[str, ProgramEntry]

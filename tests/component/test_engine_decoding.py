@@ -1,0 +1,109 @@
+"""Generation with a KV cache over stages equals `transformers`, on random and real models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from confidantd.errors import WorkerError
+from confidantd.models.folder import ModelFolder, read_model
+from tests.component.engine_models import (
+    SHARED_MODELS,
+    decoder,
+    make_model,
+    random_ids,
+    save_model,
+)
+from tests.component.test_engine_training import assert_close
+
+KINDS = ("llama", "llama-tied", "gpt2", "gpt2-untied")
+NEW_TOKENS = 32
+
+
+def reference_tokens(model: Any, prompt: list[int]) -> list[int]:
+    """Greedy continuation by `transformers`, with its own cache."""
+    found = model.generate(
+        torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
+    )
+    return [int(token) for token in found[0, len(prompt) :]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stages", [1, 3])
+def test_greedy_tokens_equal_transformers(tmp_path: Path, kind: str, stages: int) -> None:
+    """Prompt of several tokens, then one at a time."""
+    decode = decoder(save_model(kind, tmp_path), stages)
+    prompt = random_ids(5, 7).tolist()
+    assert decode.greedy(prompt, NEW_TOKENS) == reference_tokens(make_model(kind), prompt)
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "gpt2"])
+def test_logits_do_not_depend_on_chunks(tmp_path: Path, kind: str) -> None:
+    """Whole, in chunks, token by token, and after a truncated detour; two sequences at once."""
+    decode = decoder(save_model(kind, tmp_path), 2)
+    ids = random_ids(6, 60).tolist()
+    with torch.no_grad():
+        wanted = make_model(kind)(torch.tensor([ids])).logits[0, -1].numpy()
+    for sequence, sizes in enumerate(([60], [20, 39, 1], [1] * 60)):
+        start = 0
+        for size in sizes:
+            found = decode.logits(ids[start : start + size], sequence)
+            start += size
+        assert_close(found, wanted, str(sizes), 1e-5)
+    decode.logits(ids[:3], sequence=0)
+    for stage in decode.stages:
+        stage.truncate(0, 59)
+        stage.truncate(1, 0)
+    assert_close(decode.logits(ids[59:], sequence=0), wanted, "truncated", 1e-5)
+    assert_close(decode.logits(ids, sequence=1), wanted, "truncated to nothing", 1e-5)
+    for stage in decode.stages:
+        for sequence in range(3):
+            stage.release(sequence)
+        assert stage.resident_bytes()["cache"] == 0
+
+
+def test_learned_positions_end(tmp_path: Path) -> None:
+    """A sequence longer than the position table is refused."""
+    decode = decoder(save_model("gpt2", tmp_path), 1)
+    decode.logits([1] * 64)
+    with pytest.raises(WorkerError, match="65 tokens"):
+        decode.logits([1])
+
+
+def real_model(name: str) -> ModelFolder:
+    """One of the real models; skips where they are not beside the checkout."""
+    folder = SHARED_MODELS / name
+    if not folder.is_dir():
+        pytest.skip(f"the real model {name} is not on this machine")
+    return read_model(folder)
+
+
+def test_real_llama_tells_its_story() -> None:
+    """The known greedy continuation, over three stages."""
+    model = real_model("stories260K")
+    tokenizer = Tokenizer.from_file(str(model.path / "tokenizer.json"))
+    prompt = list(tokenizer.encode("Once upon a time").ids)
+    found = decoder(model, 3).greedy(prompt, 40)
+    assert tokenizer.decode(prompt + found).startswith(
+        "Once upon a time, there was a little girl named Lily. She loved to play outside"
+    )
+
+
+def test_real_gpt2_sorts() -> None:
+    """An exact-answer model: six letters come back sorted."""
+    decode = decoder(real_model("gpt-nano-sort"), 2)
+    for sequence, letters in enumerate([[2, 1, 0, 1, 0, 0], [0, 2, 2, 1, 1, 0], [2] * 6]):
+        assert decode.greedy(letters, 6, sequence) == sorted(letters)
+
+
+def test_memory_mapped_weights_are_not_copied(tmp_path: Path) -> None:
+    """GPT-2 stores float32 in the programs' layout, so no second copy is made."""
+    (stage,) = decoder(save_model("gpt2", tmp_path), 1).stages
+    weights = stage._blocks[0]["qkv.weight"]
+    assert isinstance(weights.base, np.ndarray | memoryview) or isinstance(weights, np.memmap)
+    assert not weights.flags.owndata and not weights.flags.writeable

@@ -1,0 +1,206 @@
+"""Real daemons on loopback: started with homes of their own, paired by files, ended by pid."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+READY_SECONDS = 30.0
+STOP_SECONDS = 20.0
+MEET_SECONDS = 30.0
+
+
+def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+    """The first true value of `condition`, asked again and again for at most `seconds`."""
+    deadline = time.monotonic() + seconds
+    pause = threading.Event()
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        pause.wait(0.05)
+
+
+class Device:
+    """One daemon and the CLI commands given to it."""
+
+    def __init__(
+        self,
+        home: Path,
+        name: str,
+        *options: str,
+        python: str = sys.executable,
+        prefix: Sequence[str] = (),
+        host: str = "127.0.0.1",
+    ) -> None:
+        self.home = home
+        self.name = name
+        self.options = list(options)
+        self.python = python
+        self.prefix = list(prefix)
+        self.host = host
+        self.process: subprocess.Popen[str] | None = None
+        self.log = home.parent / f"{name}.log"
+
+    def environment(self) -> dict[str, str]:
+        """Without this shell's own Confidant settings; one thread per process."""
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("CONFIDANT_")}
+        return {**kept, "OMP_NUM_THREADS": "1", "COLUMNS": "80", "PYTHONWARNINGS": "ignore"}
+
+    def command(self) -> list[str]:
+        """The command line of the daemon."""
+        return [
+            *self.prefix, self.python, "-m", "confidantd.daemon", "--home", str(self.home),
+            "--name", self.name, "--host", self.host, "--threads", "1", *self.options,
+        ]  # fmt: skip
+
+    def start(self) -> Device:
+        """Start the daemon and wait for its ready line."""
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                self.command(),
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=self.environment(),
+            )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert "ready" in line, f"{self.name} did not start: {self.log.read_text()[-2000:]}"
+        return self
+
+    @property
+    def pid(self) -> int:
+        """Process id of the daemon."""
+        assert self.process is not None
+        return self.process.pid
+
+    def kill(self) -> None:
+        """SIGKILL, as when a battery is pulled."""
+        assert self.process is not None
+        self.process.kill()
+        self._reap()
+
+    def stop(self) -> int:
+        """SIGTERM; gives the exit status."""
+        assert self.process is not None
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self._reap()
+
+    def _reap(self) -> int:
+        assert self.process is not None
+        assert self.process.stdout is not None
+        try:
+            status = self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise AssertionError(f"{self.name} did not end within {STOP_SECONDS} s") from None
+        finally:
+            self.process.stdout.close()
+        return status
+
+    def cli_command(self, *arguments: str) -> list[str]:
+        """The command line of a CLI call to this daemon."""
+        return [
+            *self.prefix, self.python, "-m", "confidantd.cli.main",
+            *arguments, "--home", str(self.home),
+        ]  # fmt: skip
+
+    def cli(self, *arguments: str, seconds: float = 300.0) -> subprocess.CompletedProcess[str]:
+        """Run a CLI command to its end."""
+        return subprocess.run(
+            self.cli_command(*arguments),
+            capture_output=True,
+            text=True,
+            env=self.environment(),
+            timeout=seconds,
+            check=False,
+        )
+
+    def json(self, *arguments: str, seconds: float = 300.0) -> Any:
+        """The JSON of a command that must work."""
+        done = self.cli(*arguments, "--json", seconds=seconds)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return json.loads(done.stdout)
+
+    def events(self, *arguments: str, seconds: float = 600.0) -> list[dict[str, Any]]:
+        """The JSON lines of a command, whether it works or not."""
+        done = self.cli(*arguments, "--json", seconds=seconds)
+        assert done.stdout, done.stderr[-3000:]
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    def states(self) -> dict[str, str]:
+        """Peer names to states, this device left out."""
+        return {p["name"]: p["state"] for p in self.json("peers")["peers"] if not p.get("self")}
+
+    def coordinator(self) -> str | None:
+        """Name of the coordinator this device follows."""
+        found = self.json("status")["coordinator"]
+        return None if found is None else str(found["name"])
+
+
+def pair(devices: Sequence[Device]) -> None:
+    """Give every device the certificates of the others, as files, before they start."""
+    for device in devices:
+        make_identity(device)
+    for device in devices:
+        members = device.home / "members"
+        members.mkdir(mode=0o700, exist_ok=True)
+        for other in devices:
+            if other is not device:
+                shutil.copy(other.home / "identity" / "certificate.pem", members / f"{other.name}.pem")
+
+
+def make_identity(device: Device) -> None:
+    """Make the home and the identity of a device that has never run."""
+    device.home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    subprocess.run(
+        [device.python, "-m", "confidantd.identity", str(device.home / "identity")],
+        check=True,
+        capture_output=True,
+        env=device.environment(),
+    )
+
+
+@contextlib.contextmanager
+def swarm(
+    folder: Path, count: int, *options: str, names: Sequence[str] = ("anna", "ben", "cleo", "dora")
+) -> Iterator[list[Device]]:
+    """`count` paired daemons that see each other and agree on a coordinator."""
+    devices = [Device(folder / name, name, *options) for name in names[:count]]
+    pair(devices)
+    try:
+        for device in devices:
+            device.start()
+            if device is devices[0]:
+                address = device.json("status")["address"]
+                for other in devices[1:]:
+                    other.options += ["--peer", address]
+        wait_until(lambda: met(devices), MEET_SECONDS, "all alive with one coordinator")
+        yield devices
+    finally:
+        for device in devices:
+            if device.process is not None and device.process.poll() is None:
+                device.stop()
+
+
+def met(devices: Sequence[Device]) -> bool:
+    """Whether all devices see each other alive and follow one coordinator."""
+    for device in devices:
+        if list(device.states().values()).count("alive") != len(devices) - 1:
+            return False
+    found = {device.coordinator() for device in devices}
+    return len(found) == 1 and None not in found
