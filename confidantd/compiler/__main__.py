@@ -5,6 +5,7 @@ Progress goes to stdout as JSON lines; the last file written is `programs.json`.
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import sys
@@ -59,7 +60,7 @@ def _compile(request_file: Path, folder: Path) -> None:
 def _programs(request: ProgramRequest) -> Iterator[tuple[str, bytes]]:
     """Each program's name and bytes, with progress lines in between."""
     try:
-        from confidantd.compiler.build import build
+        build = importlib.import_module("confidantd.compiler.build").build  # imports torch
     except ImportError as failure:
         raise CompileError(
             f"this device cannot compile programs ({failure})",

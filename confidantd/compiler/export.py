@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import onnx_ir
 import torch
 from torch import Tensor
 from torch._decomp import core_aten_decompositions
@@ -66,7 +67,7 @@ def _differentiated(program: Program, names: list[str]) -> Any:
         return _onnx(trace(*arguments), tuple(arguments), program, names, None)
 
 
-class _Module(torch.nn.Module):
+class _Module(torch.nn.Module):  # type: ignore[misc]
     def __init__(self, program: Program, names: list[str]) -> None:
         super().__init__()
         self._program = program
@@ -112,8 +113,6 @@ def _onnx(
 
 def _freeze(model: Any, constants: Mapping[str, Tensor]) -> None:
     """Turn inputs that stand for constants into initializers."""
-    import onnx_ir
-
     graph = model.model.graph
     for value in list(graph.inputs):
         if value.name in constants:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from confidantd.engine.tensors import Floats
 from confidantd.wire.stage import OptimizerSpec
 
 CHUNK_ELEMENTS = 1 << 16  # seven arrays of 256 KiB: temporaries stay small and in cache
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """An optimizer step, numbered from 1; gradients are multiplied by `clip_coefficient`."""
+
+    number: int
+    learning_rate: float
+    clip_coefficient: float
 
 
 class Moments:
@@ -28,20 +39,18 @@ def update(
     gradient: Floats,
     moments: Moments,
     optimizer: OptimizerSpec,
-    learning_rate: float,
-    clip_coefficient: float,
-    step: int,
+    step: Step,
 ) -> None:
-    """Step number `step` (from 1) with gradient * clip_coefficient; all arrays C order."""
+    """Change a weight and its moments in place; all arrays in C order."""
     flat_weight, flat_gradient = weight.reshape(-1), gradient.reshape(-1)
-    correction1 = 1 - optimizer.beta1**step
-    correction2_root = np.float32((1 - optimizer.beta2**step) ** 0.5)
-    step_size = np.float32(learning_rate / correction1)
-    decay = np.float32(1 - learning_rate * optimizer.weight_decay)
+    correction1 = 1 - optimizer.beta1**step.number
+    correction2_root = np.float32((1 - optimizer.beta2**step.number) ** 0.5)
+    step_size = np.float32(step.learning_rate / correction1)
+    decay = np.float32(1 - step.learning_rate * optimizer.weight_decay)
     for start in range(0, flat_weight.size, CHUNK_ELEMENTS):
         part = slice(start, start + CHUNK_ELEMENTS)
         w, m, v = flat_weight[part], moments.first[part], moments.second[part]
-        g = flat_gradient[part] * np.float32(clip_coefficient)
+        g = flat_gradient[part] * np.float32(step.clip_coefficient)
         w *= decay
         m += (g - m) * np.float32(1 - optimizer.beta1)
         v *= np.float32(optimizer.beta2)

@@ -9,21 +9,26 @@ from typing import Any
 
 import onnxruntime
 from numpy.typing import NDArray
-from onnxruntime.capi.onnxruntime_pybind11_state import (
-    Fail,
-    InvalidArgument,
-    InvalidGraph,
-    InvalidProtobuf,
-    NoSuchFile,
-    NotImplemented,
-    RuntimeException,
-)
+from onnxruntime.capi import onnxruntime_pybind11_state as failures
 
 from confidantd.errors import CorruptFileError, WorkerError
 from confidantd.models.programs import MANIFEST_KEY
 
-_LOAD_FAILURES = (Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NoSuchFile, NotImplemented)
-_RUN_FAILURES = (Fail, InvalidArgument, NotImplemented, RuntimeException)
+_LOAD_FAILURES = (
+    failures.Fail,
+    failures.InvalidArgument,
+    failures.InvalidGraph,
+    failures.InvalidProtobuf,
+    failures.NoSuchFile,
+    failures.NotImplemented,
+    failures.RuntimeException,
+)
+_RUN_FAILURES = (
+    failures.Fail,
+    failures.InvalidArgument,
+    failures.NotImplemented,
+    failures.RuntimeException,
+)
 _FATAL = 4  # log level: every failure is raised anyway
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from confidantd.engine.adamw import Step
 from confidantd.engine.program import load_programs
 from confidantd.engine.tensors import Floats, Reader
 from confidantd.engine.trained_weights import StageWeights
@@ -152,7 +153,8 @@ class TrainStage:
     def step(self, learning_rate: float, clip_coefficient: float) -> None:
         """AdamW with every gradient times `clip_coefficient`; starts the next step."""
         self._step += 1
-        self._weights.update(self._spec.optimizer, learning_rate, clip_coefficient, self._step)
+        step = Step(self._step, learning_rate, clip_coefficient)
+        self._weights.update(self._spec.optimizer, step)
         self._loss = 0.0
 
     def trained(self) -> Iterator[tuple[str, Floats]]:

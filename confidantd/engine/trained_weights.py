@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from confidantd.engine.adamw import Moments, square_sum, update
+from confidantd.engine.adamw import Moments, Step, square_sum, update
 from confidantd.engine.lora import load_factor
 from confidantd.engine.tensors import Floats, Reader, load
 from confidantd.models.adapter import adapter_sources
@@ -119,21 +119,11 @@ class StageWeights:
         """Over the weights that belong to this stage, in float64."""
         return sum(square_sum(t.gradient) for t in self._own() if t.gradient is not None)
 
-    def update(
-        self, optimizer: OptimizerSpec, learning_rate: float, clip_coefficient: float, step: int
-    ) -> None:
-        """One AdamW step (numbered from 1) on every trained weight; drops the gradients."""
+    def update(self, optimizer: OptimizerSpec, step: Step) -> None:
+        """One AdamW step on every trained weight; drops the gradients."""
         for t in self._by_name.values():
             if t.gradient is not None:
-                update(
-                    t.weight,
-                    t.gradient,
-                    t.moments,
-                    optimizer,
-                    learning_rate,
-                    clip_coefficient,
-                    step,
-                )
+                update(t.weight, t.gradient, t.moments, optimizer, step)
                 t.gradient = None
 
     def results(self) -> Iterator[tuple[str, Floats]]:

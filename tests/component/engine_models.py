@@ -163,14 +163,14 @@ def training_pipeline(
     stages: int,
     *,
     adapter: Adapter | None = None,
-    weight_decay: float = 0.0,
+    optimizer: OptimizerSpec | None = None,
     seed: int = 0,
 ) -> Pipeline:
     """Training stages of a model, full or with an adapter."""
     method: Method = "full" if adapter is None else "lora"
     lora = None if adapter is None else adapter.lora
     programs = programs_for(ProgramRequest(model.spec, "train", method, lora, ROWS, TOKENS))
-    optimizer = OptimizerSpec(weight_decay=weight_decay)
+    optimizer = optimizer or OptimizerSpec()
     specs = stage_specs(
         model, stages, training=method, lora=lora, optimizer=optimizer, seed=seed
     )

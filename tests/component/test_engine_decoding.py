@@ -106,4 +106,5 @@ def test_memory_mapped_weights_are_not_copied(tmp_path: Path) -> None:
     (stage,) = decoder(save_model("gpt2", tmp_path), 1).stages
     weights = stage._blocks[0]["qkv.weight"]
     assert isinstance(weights.base, np.ndarray | memoryview) or isinstance(weights, np.memmap)
-    assert not weights.flags.owndata and not weights.flags.writeable
+    assert not weights.flags.owndata
+    assert not weights.flags.writeable

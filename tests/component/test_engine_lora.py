@@ -72,9 +72,7 @@ def test_steps_from_an_adapter_equal_peft(tmp_path: Path, kind: str, stages: int
         wanted.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(list(moving.values()), MOST_NORM)
         optimizer.step()
-        assert pipeline.step(ids, labels, RATE, MOST_NORM) == pytest.approx(
-            wanted.item(), rel=1e-5
-        )
+        assert pipeline.step(ids, labels, RATE, MOST_NORM) == pytest.approx(wanted.item(), rel=1e-5)
         assert pipeline.norms[-1] == pytest.approx(norm.item(), rel=1e-5)
     found = pipeline.trained()
     named = {name.replace(".default.", "."): p for name, p in moving.items()}
