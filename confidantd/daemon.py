@@ -5,25 +5,22 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import fcntl
 import logging
-import os
-import secrets
 import signal
-import socket
 import sys
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import confidantd
 from confidantd.api.control import ControlApi
 from confidantd.api.views import View
-from confidantd.config import DaemonConfig, load_config
+from confidantd.config import DaemonConfig, environment, load_config, parse_size
 from confidantd.discovery.mdns import MdnsDiscovery
-from confidantd.errors import ConfidantError, DaemonRunningError, StorageError
+from confidantd.errors import ConfidantError
+from confidantd.home_lock import home_lock
 from confidantd.identity.certificate import load_or_create
 from confidantd.identity.trust import TrustStore
+from confidantd.ids import DeviceId
 from confidantd.jobs.coordinator import Coordinator
 from confidantd.jobs.launch import JobServices
 from confidantd.jobs.peers import Peers
@@ -33,13 +30,235 @@ from confidantd.jobs.service import Jobs
 from confidantd.jobs.stage_host import StageHost
 from confidantd.net.network import Network
 from confidantd.profile.measure import measure_speed
-from confidantd.profile.resources import read_resources
+from confidantd.profile.resources import read_resources, roles, usable_cores
+from confidantd.service_manager import notify_ready, notify_stopping
 from confidantd.store.blobs import BlobStore
 from confidantd.store.model_index import ModelIndex
 from confidantd.swarm.service import Swarm
 from confidantd.tasks import TaskSet, plain_errors, supervise
+from confidantd.wire.resources import Resources
 
 _log = logging.getLogger("confidantd")
 
 RESOURCES_SECONDS = 5.0  # free memory and battery change slowly
-SWEEP_SECONDS = 60.0
+START_SECONDS = 30.0
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class Daemon:
+    """All parts of one device, composed; may only be run once."""
+
+    def __init__(self, config: DaemonConfig) -> None:
+        self._config = config
+        home = config.home
+        self._threads = config.threads or usable_cores()
+        self._gflops = 0.0
+        self._identity = load_or_create(home)
+        self._trust = TrustStore(home)
+        store = BlobStore(home / "store")
+        self._network = Network(
+            self._identity, self._trust, config.hosts, config.port, store, name=config.name
+        )
+        self._discovery = MdnsDiscovery(config.hosts) if config.mdns else None
+        self._swarm = Swarm(
+            self._network, self._trust, peers=config.peers, discovery=self._discovery
+        )
+        self._swarm.set_resources(self._resources_of(0))
+        peers = Peers(self._identity.device_id, self._network)
+        self._host = StageHost(
+            peers,
+            store,
+            home,
+            config.hosts,
+            self._threads,
+            lambda: self._resources().available_bytes,
+            self._host_of,
+        )
+        self._router = PipelineRouter(peers)
+        services = JobServices(
+            self_id=self._identity.device_id,
+            home=home,
+            peers=peers,
+            swarm=self._swarm,
+            store=store,
+            index=ModelIndex(store),
+            programs=Programs(peers, store, home, can_compile="compiler" in roles()),
+            router=self._router,
+        )
+        self._coordinator = Coordinator(peers, self._swarm, self._swarm.coordinator)
+        self._jobs = Jobs(services, config.name)
+        view = View(
+            self._identity, config.name, self._trust, self._swarm, self.address, self._forget
+        )
+        self._api = ControlApi(home / "control.sock", view, self._jobs)
+        self._network.on_disconnected(self._device_lost)
+        self._services = TaskSet("services")
+
+    async def run(self, ready: Callable[[str], None]) -> None:
+        """Serve until cancelled; `ready` is called once with the address of this device."""
+        network = asyncio.create_task(self._network.run(), name="network")
+        try:
+            await _started(network, self._network.started)
+            await self._jobs.load()
+            await self._api.start()
+            swarm = asyncio.create_task(self._swarm.run(), name="swarm")
+            try:
+                self._start_services()
+                ready(self.address())
+                await _first_end(network, swarm)
+            finally:
+                await asyncio.shield(self._close())
+                await _end(swarm)
+        finally:
+            await asyncio.shield(_end(network))
+
+    def address(self) -> str:
+        """Where peers reach this device, `host:port`."""
+        addresses = self._network.addresses
+        return addresses[0] if addresses else f"{self._config.hosts[0]}:{self._network.port}"
+
+    def _start_services(self) -> None:
+        self._services.start(supervise("resources", self._keep_resources), "resources")
+        if self._discovery is not None:
+            self._services.start(supervise("mdns", self._discovery.run), "mdns")
+        self._services.start(self._measure(), "measure")
+
+    async def _close(self) -> None:
+        """Jobs first, so that their stages everywhere are released while the network is up."""
+        await self._jobs.close()
+        await self._host.close()
+        await self._api.close()
+        await self._services.close()
+
+    async def _measure(self) -> None:
+        self._gflops = await measure_speed(self._threads, self._config.home / "profile.json")
+        self._swarm.set_resources(self._resources())
+
+    async def _keep_resources(self) -> None:
+        while True:
+            self._swarm.set_resources(await asyncio.to_thread(self._resources))
+            await asyncio.sleep(RESOURCES_SECONDS)
+
+    def _resources(self) -> Resources:
+        return self._resources_of(self._host.granted_bytes())
+
+    def _resources_of(self, granted_bytes: int) -> Resources:
+        return read_resources(
+            memory_cap=self._config.memory_bytes,
+            granted_bytes=granted_bytes,
+            threads=self._threads,
+            gflops=self._gflops,
+        )
+
+    def _host_of(self, device: DeviceId) -> str | None:
+        address = self._network.address(device)
+        return address[0] if address else None
+
+    def _device_lost(self, device: DeviceId) -> None:
+        names = {peer.id: peer.name for peer in self._swarm.peers()}
+        self._router.device_lost(device, names.get(device, device[:8]))
+        self._host.owner_lost(device)
+
+    def _forget(self, device: DeviceId) -> None:
+        self._network.disconnect(device, "it was removed from the members")
+
+
+async def _started(service: asyncio.Task[None], event: asyncio.Event) -> None:
+    """Wait until a service says it has started; raises what ended it before that."""
+    waiting = asyncio.ensure_future(event.wait())
+    try:
+        async with asyncio.timeout(START_SECONDS):
+            await asyncio.wait({service, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waiting.cancel()
+    if service.done():
+        await service
+
+
+async def _first_end(*services: asyncio.Task[None]) -> None:
+    """Wait until one of the services that must run ends; raises why."""
+    done, _ = await asyncio.wait(services, return_when=asyncio.FIRST_COMPLETED)
+    for service in done:
+        await service
+
+
+async def _end(service: asyncio.Task[None]) -> None:
+    """Cancel a service and wait until it has cleaned up."""
+    service.cancel()
+    await asyncio.wait({service})
+
+
+def main() -> None:
+    """Entry point of the `confidantd` command."""
+    sys.exit(_main(_parser().parse_args()))
+
+
+def _main(arguments: argparse.Namespace) -> int:
+    try:
+        config = load_config(_flags(arguments), environment())
+        logging.basicConfig(
+            level=config.log_level.upper(), format=LOG_FORMAT, datefmt="%Y-%m-%d %H:%M:%S"
+        )
+        with home_lock(config.home):
+            return asyncio.run(_serve(config))
+    except ConfidantError as failure:
+        print(f"confidantd: {failure}", file=sys.stderr)
+        return 1
+
+
+async def _serve(config: DaemonConfig) -> int:
+    daemon = await asyncio.to_thread(Daemon, config)
+    running = asyncio.ensure_future(plain_errors(daemon.run(_announce_ready)))
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _stop, running)
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+    return 0
+
+
+def _stop(running: asyncio.Future[Any]) -> None:
+    notify_stopping()
+    running.cancel()
+
+
+def _announce_ready(address: str) -> None:
+    print(f"confidantd {confidantd.__version__} is ready at {address}", flush=True)
+    notify_ready()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="confidantd", description="The daemon of one device, in the foreground."
+    )
+    parser.add_argument("--home", metavar="DIR", help="its folder (default: $CONFIDANT_HOME)")
+    parser.add_argument("--name", help="what other devices call this one")
+    parser.add_argument("--port", type=int, help="port for peers (default: that of last time)")
+    parser.add_argument("--host", action="append", metavar="IP", help="listen here; repeatable")
+    parser.add_argument(
+        "--peer", action="append", metavar="HOST:PORT", help="a peer's address; repeatable"
+    )
+    parser.add_argument("--no-mdns", action="store_true", help="find peers by address only")
+    parser.add_argument("--memory", metavar="SIZE", help="most memory for jobs, like 2G")
+    parser.add_argument("--threads", type=int, help="most threads for jobs")
+    parser.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error")
+    parser.add_argument("--version", action="version", version=confidantd.__version__)
+    return parser
+
+
+def _flags(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "home": arguments.home,
+        "name": arguments.name,
+        "port": arguments.port,
+        "hosts": tuple(arguments.host or ()),
+        "peers": tuple(arguments.peer or ()),
+        "mdns": False if arguments.no_mdns else None,
+        "memory_bytes": parse_size(arguments.memory) if arguments.memory else None,
+        "threads": arguments.threads,
+        "log_level": arguments.log_level,
+    }
+
+
+if __name__ == "__main__":
+    main()

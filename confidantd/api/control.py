@@ -143,15 +143,18 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
     try:
         return await handler(request)
     except ConfidantError as failure:
-        status = 404 if isinstance(failure, JobNotFoundError) else 400
-        return web.json_response({"error": failure.to_wire()}, status=status)
+        return _failure(failure, 404 if isinstance(failure, JobNotFoundError) else 400)
     except TimeoutError:
-        failure = ConfidantError("a device did not answer in time", "see `confidant peers`")
-        return web.json_response({"error": failure.to_wire()}, status=504)
+        return _failure(
+            ConfidantError("a device did not answer in time", "see `confidant peers`"), 504
+        )
     except (web.HTTPException, asyncio.CancelledError, ConnectionError):
         raise
     except Exception:
         # The last line of defence: the user sees one line, the log has the whole story.
         _log.exception("%s %s failed", request.method, request.path)
-        failure = ConfidantError("an internal error", "see the daemon's log")
-        return web.json_response({"error": failure.to_wire()}, status=500)
+        return _failure(ConfidantError("an internal error", "see the daemon's log"), 500)
+
+
+def _failure(failure: ConfidantError, status: int) -> web.StreamResponse:
+    return web.json_response({"error": failure.to_wire()}, status=status)

@@ -21,7 +21,6 @@ MAX_POSITIONS = 256
 END_OF_TEXT = "<|endoftext|>"
 INITIAL_DEVIATION = 0.02  # as transformers initialises a Llama
 SENTENCES = 1_500
-PROMPT = "The phone "
 
 _WHO = ("phone", "laptop", "old tablet", "little board", "desktop", "e-reader")
 _DOES = (

@@ -6,7 +6,7 @@ that the library's memory never stays in the daemon.
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 from pathlib import Path
 
 from confidantd.identity.files import make_private_folder, write_private_file
@@ -16,8 +16,8 @@ COMMON_NAME = "confidant"
 
 # Trust is by the certificate itself, so its dates only must never stand in the way: a board
 # without a clock battery may believe in 1970, when it makes its identity or when it checks one.
-_NOT_BEFORE = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
-_EARLIEST_NOW = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+_NOT_BEFORE = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+_EARLIEST_NOW = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 
 
 def create_identity(folder: Path, key_name: str, certificate_name: str) -> None:
@@ -37,7 +37,7 @@ def _make() -> tuple[bytes, bytes]:
     key = ec.generate_private_key(ec.SECP256R1())
     public = key.public_key()
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, COMMON_NAME)])
-    now = max(datetime.datetime.now(datetime.UTC), _EARLIEST_NOW)
+    now = max(dt.datetime.now(dt.UTC), _EARLIEST_NOW)
     # All certificates carry one name: the key identifiers tell OpenSSL which root is meant.
     subject_key = x509.SubjectKeyIdentifier.from_public_key(public)
     issuer_key = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(subject_key)
@@ -48,7 +48,7 @@ def _make() -> tuple[bytes, bytes]:
         .public_key(public)
         .serial_number(x509.random_serial_number())
         .not_valid_before(_NOT_BEFORE)
-        .not_valid_after(now + datetime.timedelta(days=365 * YEARS_VALID))
+        .not_valid_after(now + dt.timedelta(days=365 * YEARS_VALID))
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(subject_key, critical=False)
         .add_extension(issuer_key, critical=False)

@@ -48,14 +48,14 @@ class Coordinator:
         self._term()
         request = from_map(PlanRequest, params)
         devices = plan_devices(self._swarm.peers(), request.devices)
-        return to_map(self._make(request, devices, owner))
+        return to_map(await self._make(request, devices, owner))
 
     async def _negotiate(self, owner: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
         request = from_map(PlanRequest, params)
         async with self._one_at_a_time:
             devices = plan_devices(self._swarm.peers(), request.devices)
             for _ in range(MAX_ROUNDS):
-                plan = self._make(request, devices, owner)
+                plan = await self._make(request, devices, owner)
                 declined = await self._offer_all(request, plan, owner)
                 if not declined:
                     return to_map(plan)
@@ -63,10 +63,12 @@ class Coordinator:
         reasons = "; ".join(f"{d[:8]}: {answer.reason}" for d, answer in declined.items())
         raise DeclinedError(f"the devices declined every plan ({reasons})", "try again in a minute")
 
-    def _make(self, request: PlanRequest, devices: list[PlanDevice], owner: DeviceId) -> Plan:
+    async def _make(self, request: PlanRequest, devices: list[PlanDevice], owner: DeviceId) -> Plan:
         if not devices:
             raise DeviceError("no device of the swarm is alive", "see `confidant peers`")
-        return make_plan(plan_workload(request), devices, owner, request.devices != ())
+        return await asyncio.to_thread(
+            make_plan, plan_workload(request), devices, owner, use_all=bool(request.devices)
+        )
 
     async def _offer_all(
         self, request: PlanRequest, plan: Plan, owner: DeviceId

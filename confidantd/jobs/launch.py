@@ -15,7 +15,7 @@ from confidantd.jobs.pipeline import Pipeline, PipelineRouter, Placed
 from confidantd.jobs.programs import Programs
 from confidantd.jobs.record import JobLog
 from confidantd.jobs.setup import Workload, adapter_names, assignments, stage_names
-from confidantd.models.folder import TensorLocation
+from confidantd.models.safetensors import TensorLocation
 from confidantd.planner.plan import Plan
 from confidantd.store.blobs import BlobStore
 from confidantd.store.model_index import ModelIndex

@@ -16,7 +16,8 @@ from confidantd.jobs.options import (
     model_folder,
 )
 from confidantd.models.adapter import adapter_tensor_names, read_adapter
-from confidantd.models.folder import ModelFolder, TensorLocation, read_model
+from confidantd.models.folder import ModelFolder, read_model
+from confidantd.models.safetensors import TensorLocation
 from confidantd.models.spec import LoraSpec, Method, ModelSpec, ProgramRequest
 from confidantd.models.tensors import check_targets, default_targets, stage_tensor_names
 from confidantd.planner.plan import Plan
@@ -85,7 +86,8 @@ def train_workload(options: TrainOptions | PlanOptions) -> Workload:
     model = read_model(model_folder(options.model))
     method: Method = "lora" if options.method == "lora" else "full"
     adapter_folder = getattr(options, "init_adapter", None)
-    lora, adapter = None, {}
+    lora: LoraSpec | None = None
+    adapter: Mapping[str, TensorLocation] = {}
     if method == "lora":
         lora, adapter = _lora(model, options, adapter_folder)
     checked = TrainOptions(
@@ -109,7 +111,8 @@ def generate_workload(
 ) -> Workload:
     """Read the model and the adapter; room for prompt and new tokens is `sequence_length`."""
     model = read_model(model_folder(options.model))
-    lora, adapter = None, {}
+    lora: LoraSpec | None = None
+    adapter: Mapping[str, TensorLocation] = {}
     folder = getattr(options, "adapter", None)
     if folder is not None:
         lora, adapter = read_adapter(_adapter_folder(folder), model.spec)

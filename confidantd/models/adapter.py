@@ -85,7 +85,7 @@ def read_adapter(folder: Path, spec: ModelSpec) -> tuple[LoraSpec, dict[str, Ten
             tensors[source.name] = _checked(folder, source, stored)
     unknown = sorted(set(stored) - set(tensors))
     if unknown:
-        raise ModelError(f"{folder}: the adapter's tensor {unknown[0]:.120} fits no module")
+        raise ModelError(f"{folder}: the adapter's tensor {unknown[0]!r:.120} fits no module")
     return lora, tensors
 
 

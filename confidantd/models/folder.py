@@ -90,7 +90,9 @@ def _sharded(folder: Path) -> dict[str, TensorLocation]:
         headers[file] = read_header(folder / file)
     for name, file in weight_map.items():
         if name not in headers[file]:
-            raise MissingTensorError(f"{folder / file} lacks {name:.80}, which the index promises")
+            raise MissingTensorError(
+                f"{folder / file} lacks {name!r:.80}, which the index promises"
+            )
     return {name: headers[file][name] for name, file in weight_map.items()}
 
 

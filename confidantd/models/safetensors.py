@@ -102,18 +102,18 @@ def _location(path: Path, name: str, entry: Any, start: int, room: int) -> Tenso
         }:
             pass
         case _:
-            raise _corrupt(path, f"the header entry of {name:.80} is not valid")
+            raise _corrupt(path, f"the header entry of {name!r:.80} is not valid")
     if dtype not in DTYPE_BYTES:
-        raise ModelError(f"{path}: {name:.80} has the unknown dtype {dtype:.20}")
+        raise ModelError(f"{path}: {name!r:.80} has the unknown dtype {dtype!r:.20}")
     dimensions = all(type(n) is int and 0 <= n < 1 << 48 for n in shape)
     if not dimensions or len(shape) > MAX_DIMENSIONS:
-        raise _corrupt(path, f"the shape of {name:.80} is not valid")
+        raise _corrupt(path, f"the shape of {name!r:.80} is not valid")
     if not 0 <= first <= past:
-        raise _corrupt(path, f"the offsets of {name:.80} are not valid")
+        raise _corrupt(path, f"the offsets of {name!r:.80} are not valid")
     if past > room:
-        raise _corrupt(path, f"{name:.80} ends at byte {past}, the file's data at {room}")
+        raise _corrupt(path, f"{name!r:.80} ends at byte {past}, the file's data at {room}")
     if past - first != math.prod(shape) * DTYPE_BYTES[dtype]:
-        raise _corrupt(path, f"{name:.80} has {past - first} bytes, its shape needs others")
+        raise _corrupt(path, f"{name!r:.80} has {past - first} bytes, its shape needs others")
     return TensorLocation(path, dtype, tuple(shape), start + first, past - first)
 
 

@@ -39,15 +39,23 @@ class Acceptor:
         self._trusted = trusted
         self._tasks = TaskSet("accept")
         self._open: dict[asyncio.BaseTransport, DeviceId] = {}
+        self._listeners: list[socket.socket] = []
+        self._unfinished: set[socket.socket] = set()
         self._quiet_until = 0.0
 
     def start(self, listener: socket.socket) -> None:
         """Accept from `listener` until `close`."""
-        self._tasks.start(self._accept(listener), f"port-{listener.getsockname()[1]}")
+        self._listeners.append(listener)
+        asyncio.get_running_loop().add_reader(listener, self._accept, listener)
 
     async def close(self) -> None:
-        """Accept no more. Connections that are open belong to the protocol."""
+        """Accept no more and close the listeners. Open connections belong to the protocol."""
+        for listener in self._listeners:
+            asyncio.get_running_loop().remove_reader(listener)
+            listener.close()
         await self._tasks.close()
+        for connection in self._unfinished:  # of tasks that ended before their first step
+            connection.close()
 
     def drop_untrusted(self) -> None:
         """End every connection of a device that is trusted no longer."""
@@ -57,19 +65,32 @@ class Acceptor:
             elif not self._trusted(device):
                 _abort(transport)
 
-    async def _accept(self, listener: socket.socket) -> None:
+    def _accept(self, listener: socket.socket) -> None:
+        """Called by the loop when a connection waits."""
+        try:
+            connection, address = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return  # it went away again
+        except OSError as failure:
+            _log.warning("no connection can be accepted: %s", failure)
+            self._pause(listener)
+            return
+        if len(self._unfinished) >= MAX_HANDSHAKES:
+            connection.close()
+            return
+        connection.setblocking(False)
+        self._unfinished.add(connection)
+        self._tasks.start(self._handshake(connection, str(address[0])), "handshake")
+
+    def _pause(self, listener: socket.socket) -> None:
+        """Out of file descriptors: the waiting connection would wake the loop again at once."""
         loop = asyncio.get_running_loop()
-        while True:
-            try:
-                connection, address = await loop.sock_accept(listener)
-            except OSError as failure:
-                _log.warning("no connection can be accepted: %s", failure)
-                await asyncio.sleep(ACCEPT_PAUSE_SECONDS)
-                continue
-            if len(self._tasks) > MAX_HANDSHAKES:
-                connection.close()
-                continue
-            self._tasks.start(self._handshake(connection, str(address[0])), "handshake")
+        loop.remove_reader(listener)
+        self._tasks.start(self._resume(listener), "resume")
+
+    async def _resume(self, listener: socket.socket) -> None:
+        await asyncio.sleep(ACCEPT_PAUSE_SECONDS)
+        asyncio.get_running_loop().add_reader(listener, self._accept, listener)
 
     async def _handshake(self, connection: socket.socket, host: str) -> None:
         try:
@@ -88,6 +109,8 @@ class Acceptor:
         except asyncio.CancelledError:
             connection.close()
             raise
+        finally:
+            self._unfinished.discard(connection)
         self._check(transport, host)
 
     def _check(self, transport: asyncio.BaseTransport, host: str) -> None:

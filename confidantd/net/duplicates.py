@@ -35,16 +35,17 @@ class InstanceLog:
     """Tells a copied home from a restart: a restarted daemon never uses an old instance again."""
 
     def __init__(self) -> None:
-        self._seen: dict[DeviceId, list[str]] = {}
+        self._seen: dict[DeviceId, dict[str, str]] = {}  # instance -> address, the latest last
 
-    def is_twin(self, device: DeviceId, instance: str) -> bool:
-        """Note an instance of a device; True if a younger one had replaced it already."""
-        seen = self._seen.setdefault(device, [])
-        if seen and seen[-1] == instance:
-            return False
-        returning = instance in seen
-        if returning:
-            seen.remove(instance)
-        seen.append(instance)
-        del seen[:-MAX_INSTANCES]
-        return returning
+    def twin(self, device: DeviceId, instance: str, address: str) -> str | None:
+        """Note an instance of a device and where it is. If a younger one had replaced it
+        already, both run at once: gives the address of that one."""
+        seen = self._seen.setdefault(device, {})
+        latest = next(reversed(seen), instance)
+        returning = instance in seen and latest != instance
+        other = seen[latest] if returning else None
+        seen.pop(instance, None)
+        seen[instance] = address
+        while len(seen) > MAX_INSTANCES:
+            seen.pop(next(iter(seen)))
+        return other

@@ -33,6 +33,7 @@ from confidantd.net.dialer import (
     CONNECT_SECONDS,
     CONTROL_PATH,
     PING_SECONDS,
+    bracketed,
     open_socket,
     translated,
 )
@@ -55,6 +56,7 @@ _log = logging.getLogger(__name__)
 
 DeviceListener = Callable[[DeviceId], None]
 ConflictListener = Callable[[str], None]
+TwinListener = Callable[[DeviceId, str], None]
 MAX_HEADER_BYTES = 8_190
 SHUTDOWN_SECONDS = 1.0
 
@@ -99,7 +101,7 @@ class Network:
         self._connected: list[DeviceListener] = []
         self._disconnected: list[DeviceListener] = []
         self._conflicts: list[ConflictListener] = []
-        self._twins: list[DeviceListener] = []
+        self._twins: list[TwinListener] = []
 
     async def run(self) -> None:
         """Serve until cancelled. `PortTakenError` if the port asked for is in use."""
@@ -147,8 +149,9 @@ class Network:
         """Call with the address of another device that has our very identity."""
         self._conflicts.append(listener)
 
-    def on_twins(self, listener: DeviceListener) -> None:
-        """Call when two running daemons turn out to use one peer's identity."""
+    def on_twins(self, listener: TwinListener) -> None:
+        """Call when two daemons use one peer's identity: with its id, now connected, and the
+        address of the other one."""
         self._twins.append(listener)
 
     def connected(self) -> set[DeviceId]:
@@ -299,9 +302,10 @@ class Network:
             old.close("the device started anew")
         else:
             old.retire()
-        if self._instances.is_twin(device, peer.instance):
-            for listener in self._twins:
-                listener(device)
+        other = self._instances.twin(device, peer.instance, f"{bracketed(host)}:{peer.port}")
+        if other is not None:
+            for twin_listener in self._twins:
+                twin_listener(device, other)
         return new
 
     async def _serve(self, connection: Connection) -> None:
@@ -343,12 +347,12 @@ class Network:
     def _tell_conflict(self, peer: Hello, host: str) -> None:
         if peer.instance != self.instance:
             for listener in self._conflicts:
-                listener(f"{host}:{peer.port}")
+                listener(f"{bracketed(host)}:{peer.port}")
 
     def _trusts(self, device: DeviceId) -> bool:
         return device == self.identity.device_id or device in self._trust.members()
 
-    def _trust_changed_elsewhere(self, members: frozenset[DeviceId]) -> None:
+    def _trust_changed_elsewhere(self, _members: frozenset[DeviceId]) -> None:
         """In the thread that changed the trust store."""
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._trust_changed)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from confidantd.ids import DeviceId
@@ -106,7 +107,7 @@ def predicted_seconds(
 def split_layers(work: Workload, order: Sequence[PlanDevice]) -> tuple[int, ...] | None:
     """Layers of each device, at least one each, with the least bottleneck (or sum); None: no fit."""
     stages, layers = len(order), work.layers
-    join = max if work.method else lambda a, b: a + b
+    join: Callable[[float, float], float] = max if work.method else operator.add
     # best[n]: least cost of the first n layers on the devices so far, and their counts
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
     for index, device in enumerate(order):

@@ -12,6 +12,7 @@ from collections import deque
 from confidantd.swarm.state import PeerState
 
 BEAT_SECONDS = 1.0
+MIN_INTERVAL_SECONDS = 0.5  # extra heartbeats, sent when something changes, teach nothing
 WINDOW = 32  # arrivals; half a minute follows a device that walks out of good reception
 SUSPECT_PHI = 3.0
 GONE_PHI = 8.0
@@ -34,12 +35,13 @@ class Detector:
 
     def heard(self, now: float) -> None:
         """A heartbeat arrived."""
-        if self._last is not None:
-            self._intervals.append(max(0.0, now - self._last))
+        if self._last is not None and now - self._last >= MIN_INTERVAL_SECONDS:
+            self._intervals.append(now - self._last)
         self._last = now
 
-    def connected(self) -> None:
-        """There is a connection (again)."""
+    def connected(self, now: float) -> None:
+        """A connection begins: a sign of life. The gap before it teaches nothing."""
+        self._last = now
         self._lost_at = None
         self._refused = False
 

@@ -54,7 +54,7 @@ class Inbox:
             self._held_bytes -= len(item[1])
             return item
         self._raise_failure()
-        waiter = asyncio.get_running_loop().create_future()
+        waiter: asyncio.Future[Item] = asyncio.get_running_loop().create_future()
         self._waiting[key] = waiter
         try:
             return await waiter

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from confidantd.engine.decode_stage import DecodeStage
 from confidantd.engine.tensors import Reader, tensor_from_file
@@ -22,6 +23,7 @@ from confidantd.wire.stage import OptimizerSpec, StageSpec
 from tests.programs import programs_for
 
 ROWS, TOKENS = 2, 12
+disable_progress_bar()  # it starts a thread that outlives its test
 SHARED_MODELS = Path(__file__).parents[3] / "shared" / "models"
 
 _LLAMA3 = {
@@ -171,9 +173,7 @@ def training_pipeline(
     lora = None if adapter is None else adapter.lora
     programs = programs_for(ProgramRequest(model.spec, "train", method, lora, ROWS, TOKENS))
     optimizer = optimizer or OptimizerSpec()
-    specs = stage_specs(
-        model, stages, training=method, lora=lora, optimizer=optimizer, seed=seed
-    )
+    specs = stage_specs(model, stages, training=method, lora=lora, optimizer=optimizer, seed=seed)
     read_adapter = None if adapter is None else adapter.reader()
     read = reader(model.tensors)
     return Pipeline([TrainStage(spec, programs, read, read_adapter, 1) for spec in specs])

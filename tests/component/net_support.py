@@ -58,12 +58,17 @@ class Device:
         return self.identity.device_id
 
 
-def pair(devices: Sequence[Device]) -> None:
+async def new_device(home: Path, port: int | None = 0) -> Device:
+    """A device, made off the event loop since that reads and writes files."""
+    return await asyncio.to_thread(Device, home, port)
+
+
+async def pair(devices: Sequence[Device]) -> None:
     """Make every device trust every other."""
     for one in devices:
         for other in devices:
             if one.id != other.id:
-                one.trust.add(other.identity.certificate_pem)
+                await asyncio.to_thread(one.trust.add, other.identity.certificate_pem)
 
 
 @contextlib.asynccontextmanager

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM
 
+from confidantd.models.folder import read_model
+from confidantd.models.safetensors import Piece, write_file
 from confidantd.wire.stage import OptimizerSpec
 from tests.component.engine_models import (
     ROWS,
@@ -104,6 +107,24 @@ def test_steps_equal_adamw_on_one_device(tmp_path: Path, kind: str, stages: int)
     assert found.keys() == named.keys()
     for name, parameter in named.items():
         assert_close(found[name], parameter.detach().numpy(), name, 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_loads_the_result(tmp_path: Path, kind: str) -> None:
+    """A saved checkpoint with the trained tensors loads without a missing or unknown name."""
+    model = save_model(kind, tmp_path)
+    pipeline = training_pipeline(model, 2)
+    ids, labels = batch(0, 1)
+    pipeline.step(ids, labels, RATE, MOST_NORM)
+    trained = pipeline.trained()
+    pieces = [Piece(name, "F32", trained[name].shape, trained[name].tobytes()) for name in trained]
+    write_file(tmp_path / "model.safetensors", pieces)
+
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    wanted = reference_loss(loaded, ids, labels).item()
+    assert pipeline.gradients(ids, labels) == pytest.approx(wanted, rel=1e-5)
+    assert read_model(tmp_path).spec == model.spec
 
 
 @pytest.mark.parametrize("kind", ["llama-tied"])

@@ -24,14 +24,14 @@ from confidantd.errors import (
 )
 from confidantd.ids import DeviceId, digest_of
 from confidantd.net.dialer import CONTROL_PATH
-from confidantd.net.tls import client_context, trusted_roots
+from confidantd.net.tls import client_context
 from confidantd.wire.codec import MAX_MESSAGE_BYTES
 from confidantd.wire.messages import Hello, encode
-from tests.component.net_support import Device, pair, running, until
+from tests.component.net_support import Device, new_device, pair, running, until
 
 
-def _devices(tmp_path: Path, count: int) -> list[Device]:
-    made = [Device(tmp_path / name) for name in ("one", "two", "three")[:count]]
+async def _devices(tmp_path: Path, count: int) -> list[Device]:
+    made = [await new_device(tmp_path / name) for name in ("one", "two", "three")[:count]]
     return sorted(made, key=lambda device: device.id)
 
 
@@ -51,290 +51,253 @@ async def _connect(a: Device, b: Device, expect: DeviceId | None = None) -> Devi
     return await a.network.connect("127.0.0.1", b.network.port, expect)
 
 
-def test_requests_notifications_and_errors_both_ways(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        a, b = _devices(tmp_path, 2)
-        pair([a, b])
-        heard: list[str] = []
-        for device in (a, b):
-            device.network.on_request("echo", _echo)
-            device.network.on_request("fail", _fail)
-            device.network.on_request("break", _break)
-            device.network.on_notify("topic", lambda _, params: heard.append(params["n"]))
-        async with running(a, b):
-            assert await _connect(a, b) == b.id
-            await until(lambda: a.id in b.network.connected(), "the other side")
-            for one, other in ((a, b), (b, a)):
-                network = one.network
-                answer = await network.request(other.id, "echo", {"text": "x"}, timeout_seconds=5)
-                assert answer == {"back": "x"}
-                with pytest.raises(DataError, match="the text is empty"):
-                    await network.request(other.id, "fail", {}, timeout_seconds=5)
-                with pytest.raises(ProtocolError, match="nothing answers"):
-                    await network.request(other.id, "unknown", {}, timeout_seconds=5)
-                with pytest.raises(Exception, match="failed inside"):
-                    await network.request(other.id, "break", {"zero": 0}, timeout_seconds=5)
-            for number in range(100):
-                assert await a.network.notify(b.id, "topic", {"n": number})
-            await until(lambda: len(heard) == 100, "all notifications")
-            assert heard == list(range(100))
-            assert b.network.address(a.id) == ("127.0.0.1", a.network.port)
-        assert not a.network.connected() and not b.network.connected()
-        assert not await a.network.notify(b.id, "topic", {})
-
-    asyncio.run(scenario())
+async def test_requests_notifications_and_errors_both_ways(tmp_path: Path) -> None:
+    a, b = await _devices(tmp_path, 2)
+    await pair([a, b])
+    heard: list[int] = []
+    for device in (a, b):
+        device.network.on_request("echo", _echo)
+        device.network.on_request("fail", _fail)
+        device.network.on_request("break", _break)
+        device.network.on_notify("topic", lambda _, params: heard.append(params["n"]))
+    async with running(a, b):
+        assert await _connect(a, b) == b.id
+        await until(lambda: a.id in b.network.connected(), "the other side")
+        for one, other in ((a, b), (b, a)):
+            network = one.network
+            answer = await network.request(other.id, "echo", {"text": "x"}, timeout_seconds=5)
+            assert answer == {"back": "x"}
+            with pytest.raises(DataError, match="the text is empty"):
+                await network.request(other.id, "fail", {}, timeout_seconds=5)
+            with pytest.raises(ProtocolError, match="nothing answers"):
+                await network.request(other.id, "unknown", {}, timeout_seconds=5)
+            with pytest.raises(Exception, match="failed inside"):
+                await network.request(other.id, "break", {"zero": 0}, timeout_seconds=5)
+        for number in range(100):
+            assert await a.network.notify(b.id, "topic", {"n": number})
+        await until(lambda: len(heard) == 100, "all notifications")
+        assert heard == list(range(100))
+        assert b.network.address(a.id) == ("127.0.0.1", a.network.port)
+    assert not a.network.connected() and not b.network.connected()
+    assert not await a.network.notify(b.id, "topic", {})
 
 
-def test_a_request_that_is_not_answered_ends_in_time_and_a_lost_peer_at_once(
+async def test_a_request_that_is_not_answered_ends_in_time_and_a_lost_peer_at_once(
     tmp_path: Path,
 ) -> None:
-    async def scenario() -> None:
-        a, b = _devices(tmp_path, 2)
-        pair([a, b])
-        asked = asyncio.Event()
+    a, b = await _devices(tmp_path, 2)
+    await pair([a, b])
+    asked = asyncio.Event()
 
-        async def hang(_: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
-            asked.set()
-            await asyncio.Event().wait()
-            return {}
+    async def hang(_: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
+        asked.set()
+        await asyncio.Event().wait()
+        return {}
 
-        b.network.on_request("hang", hang)
-        async with running(a):
-            async with running(b):
-                await _connect(a, b)
-                with pytest.raises(PeerLostError, match=r"did not answer hang within 0\.1 s"):
-                    await a.network.request(b.id, "hang", {}, timeout_seconds=0.1)
-                asked.clear()
-                waiting = asyncio.create_task(
-                    a.network.request(b.id, "hang", {}, timeout_seconds=60)
-                )
-                await asked.wait()
-            with pytest.raises(PeerLostError, match="is gone"):
-                await waiting
-            with pytest.raises(PeerRefusedError, match="nothing listens"):
-                await _connect(a, b)
-            with pytest.raises(PeerLostError, match="not connected"):
-                await a.network.request(b.id, "hang", {}, timeout_seconds=1)
-
-    asyncio.run(scenario())
+    b.network.on_request("hang", hang)
+    async with running(a):
+        async with running(b):
+            await _connect(a, b)
+            with pytest.raises(PeerLostError, match=r"did not answer hang within 0\.1 s"):
+                await a.network.request(b.id, "hang", {}, timeout_seconds=0.1)
+            asked.clear()
+            waiting = asyncio.create_task(a.network.request(b.id, "hang", {}, timeout_seconds=60))
+            await asked.wait()
+        with pytest.raises(PeerLostError, match="is gone"):
+            await waiting
+        with pytest.raises(PeerRefusedError, match="nothing listens"):
+            await _connect(a, b)
+        with pytest.raises(PeerLostError, match="not connected"):
+            await a.network.request(b.id, "hang", {}, timeout_seconds=1)
 
 
 @pytest.mark.parametrize("who_trusts", ["nobody", "dialer", "listener"])
-def test_a_stranger_gets_no_further_than_the_handshake(tmp_path: Path, who_trusts: str) -> None:
-    async def scenario() -> None:
-        a, b = _devices(tmp_path, 2)
-        if who_trusts == "dialer":
-            a.trust.add(b.identity.certificate_pem)
-        if who_trusts == "listener":
-            b.trust.add(a.identity.certificate_pem)
-        async with running(a, b):
-            with pytest.raises((NotPairedError, PeerLostError)) as caught:
-                await _connect(a, b)
-            assert not isinstance(caught.value, PeerRefusedError)
-            assert not a.network.connected() and not b.network.connected()
-
-    asyncio.run(scenario())
-
-
-def test_another_device_than_expected_is_refused(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        a, b, c = _devices(tmp_path, 3)
-        pair([a, b, c])
-        async with running(a, b):
-            with pytest.raises(NotPairedError, match="another device than the expected"):
-                await _connect(a, b, expect=c.id)
-            assert await _connect(a, b, expect=b.id) == b.id
-
-    asyncio.run(scenario())
-
-
-def test_trust_added_later_works_and_trust_removed_closes(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        a, b = _devices(tmp_path, 2)
-        a.trust.add(b.identity.certificate_pem)
-        async with running(a, b):
-            with pytest.raises((NotPairedError, PeerLostError)):
-                await _connect(a, b)
-            await asyncio.to_thread(b.trust.add, a.identity.certificate_pem)
+async def test_a_stranger_gets_no_further_than_the_handshake(
+    tmp_path: Path, who_trusts: str
+) -> None:
+    a, b = await _devices(tmp_path, 2)
+    if who_trusts == "dialer":
+        await asyncio.to_thread(a.trust.add, b.identity.certificate_pem)
+    if who_trusts == "listener":
+        await asyncio.to_thread(b.trust.add, a.identity.certificate_pem)
+    async with running(a, b):
+        with pytest.raises((NotPairedError, PeerLostError)) as caught:
             await _connect(a, b)
-            await until(lambda: b.network.connected() == {a.id}, "the connection")
-            await asyncio.to_thread(b.trust.remove, a.id)
-            await until(lambda: not a.network.connected(), "the end of the connection")
-            with pytest.raises((NotPairedError, PeerLostError)):
-                await _connect(a, b)
-            assert not b.network.connected()
-
-    asyncio.run(scenario())
+        assert not isinstance(caught.value, PeerRefusedError)
+        assert not a.network.connected() and not b.network.connected()
 
 
-def test_of_two_connections_one_stays_and_membership_is_not_disturbed(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        a, b = _devices(tmp_path, 2)
-        pair([a, b])
-        events: list[str] = []
-        for device in (a, b):
-            device.network.on_request("echo", _echo)
-            device.network.on_connected(lambda _: events.append("connected"))
-            device.network.on_disconnected(lambda _: events.append("disconnected"))
-        async with running(a, b):
-            for _ in range(3):
-                await asyncio.gather(_connect(a, b), _connect(b, a), _connect(a, b))
-                for one, other in ((a, b), (b, a)):
-                    await one.network.request(other.id, "echo", {"text": 1}, timeout_seconds=5)
-            for device in (a, b):
-                await until(lambda d=device: len(d.network._tasks) <= 1, "the duplicates to close")
-            assert events == ["connected", "connected"]
+async def test_another_device_than_expected_is_refused(tmp_path: Path) -> None:
+    a, b, c = await _devices(tmp_path, 3)
+    await pair([a, b, c])
+    async with running(a, b):
+        with pytest.raises(NotPairedError, match="another device than the expected"):
+            await _connect(a, b, expect=c.id)
+        assert await _connect(a, b, expect=b.id) == b.id
+
+
+async def test_trust_added_later_works_and_trust_removed_closes(tmp_path: Path) -> None:
+    a, b = await _devices(tmp_path, 2)
+    await asyncio.to_thread(a.trust.add, b.identity.certificate_pem)
+    async with running(a, b):
+        with pytest.raises((NotPairedError, PeerLostError)):
+            await _connect(a, b)
+        await asyncio.to_thread(b.trust.add, a.identity.certificate_pem)
+        await _connect(a, b)
+        await until(lambda: b.network.connected() == {a.id}, "the connection")
+        await asyncio.to_thread(b.trust.remove, a.id)
+        await until(lambda: not a.network.connected(), "the end of the connection")
+        with pytest.raises((NotPairedError, PeerLostError)):
+            await _connect(a, b)
+        assert not b.network.connected()
+
+
+async def test_of_two_connections_one_stays_and_membership_is_not_disturbed(tmp_path: Path) -> None:
+    a, b = await _devices(tmp_path, 2)
+    await pair([a, b])
+    events: list[str] = []
+    for device in (a, b):
+        device.network.on_request("echo", _echo)
+        device.network.on_connected(lambda _: events.append("connected"))
+        device.network.on_disconnected(lambda _: events.append("disconnected"))
+    async with running(a, b):
+        for _ in range(3):
+            await asyncio.gather(_connect(a, b), _connect(b, a), _connect(a, b))
             for one, other in ((a, b), (b, a)):
                 await one.network.request(other.id, "echo", {"text": 1}, timeout_seconds=5)
-
-    asyncio.run(scenario())
-
-
-def test_blob_ranges_are_served_to_members(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        a, b = _devices(tmp_path, 2)
-        pair([a, b])
-        data = bytes(range(256)) * 8_192  # 2 MiB
-        path = tmp_path / "file"
-        path.write_bytes(data)
-        digest = b.blobs.add(path, 100, 1_500_000)
-        async with running(a, b):
-            with pytest.raises(PeerLostError, match="not connected"):
-                await a.network.read_blob(b.id, digest, 0, 1)
-            await _connect(a, b)
-            await until(lambda: b.network.connected(), "the connection")
-            read = a.network.read_blob
-            assert await read(b.id, digest, 0, 1_500_000) == data[100 : 100 + 1_500_000]
-            assert await read(b.id, digest, 1_499_990, 10) == data[1_500_090:1_500_100]
-            with pytest.raises(StorageError, match="does not have"):
-                await read(b.id, digest_of(b"other"), 0, 1)
-            with pytest.raises(StorageError):
-                await read(b.id, digest, 1_500_000, 1)
-            with pytest.raises(PeerLostError, match="instead of"):
-                await read(b.id, digest, 1_499_990, 20)
-            path.write_bytes(data[:500_000])
-            with pytest.raises((StorageError, PeerLostError)):
-                await read(b.id, digest, 0, 1_500_000)
-            await asyncio.to_thread(b.trust.remove, a.id)
-            with pytest.raises((NotPairedError, PeerLostError)):
-                await read(b.id, digest, 0, 1)
-
-    asyncio.run(scenario())
+        for device in (a, b):
+            await until(lambda d=device: len(d.network._tasks) <= 1, "the duplicates to close")
+        assert events == ["connected", "connected"]
+        for one, other in ((a, b), (b, a)):
+            await one.network.request(other.id, "echo", {"text": 1}, timeout_seconds=5)
 
 
-def test_messages_up_to_the_limit_pass_and_larger_ones_close_the_connection(
+async def test_blob_ranges_are_served_to_members(tmp_path: Path) -> None:
+    a, b = await _devices(tmp_path, 2)
+    await pair([a, b])
+    data = bytes(range(256)) * 8_192  # 2 MiB
+    path = tmp_path / "file"
+    path.write_bytes(data)
+    digest = b.blobs.add(path, 100, 1_500_000)
+    async with running(a, b):
+        with pytest.raises(PeerLostError, match="not connected"):
+            await a.network.read_blob(b.id, digest, 0, 1)
+        await _connect(a, b)
+        await until(lambda: b.network.connected(), "the connection")
+        read = a.network.read_blob
+        assert await read(b.id, digest, 0, 1_500_000) == data[100 : 100 + 1_500_000]
+        assert await read(b.id, digest, 1_499_990, 10) == data[1_500_090:1_500_100]
+        with pytest.raises(StorageError, match="does not have"):
+            await read(b.id, digest_of(b"other"), 0, 1)
+        with pytest.raises(StorageError):
+            await read(b.id, digest, 1_500_000, 1)
+        with pytest.raises(PeerLostError, match="instead of"):
+            await read(b.id, digest, 1_499_990, 20)
+        path.write_bytes(data[:500_000])
+        with pytest.raises((StorageError, PeerLostError)):
+            await read(b.id, digest, 0, 1_500_000)
+        await asyncio.to_thread(b.trust.remove, a.id)
+        with pytest.raises((NotPairedError, PeerLostError)):
+            await read(b.id, digest, 0, 1)
+
+
+async def test_messages_up_to_the_limit_pass_and_larger_ones_close_the_connection(
     tmp_path: Path,
 ) -> None:
-    async def scenario() -> None:
-        a, b = _devices(tmp_path, 2)
-        pair([a, b])
-        b.network.on_request("echo", _echo)
-        async with running(a, b):
-            await _connect(a, b)
-            text = b"x" * (MAX_MESSAGE_BYTES - 200)
-            answer = await a.network.request(b.id, "echo", {"text": text}, timeout_seconds=30)
-            assert answer["back"] == text
-            with pytest.raises(PeerLostError, match="is gone"):
-                await a.network.request(
-                    b.id, "echo", {"text": b"x" * MAX_MESSAGE_BYTES}, timeout_seconds=30
-                )
-            await until(lambda: not b.network.connected(), "the end of the connection")
-
-    asyncio.run(scenario())
+    a, b = await _devices(tmp_path, 2)
+    await pair([a, b])
+    b.network.on_request("echo", _echo)
+    async with running(a, b):
+        await _connect(a, b)
+        text = b"x" * (MAX_MESSAGE_BYTES - 200)
+        answer = await a.network.request(b.id, "echo", {"text": text}, timeout_seconds=30)
+        assert answer["back"] == text
+        with pytest.raises(PeerLostError, match="is gone"):
+            await a.network.request(
+                b.id, "echo", {"text": b"x" * MAX_MESSAGE_BYTES}, timeout_seconds=30
+            )
+        await until(lambda: not b.network.connected(), "the end of the connection")
 
 
-def test_two_releases_that_cannot_talk_say_so_on_both_sides(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        a, b = _devices(tmp_path, 2)
-        pair([a, b])
-        hello = Hello(99, a.id, "a", "i", 1, 1, (), "9.0")
-        context = client_context(a.identity.home, trusted_roots(a.identity.home, a.trust))
-        async with running(b), aiohttp.ClientSession() as session:
-            url = f"wss://127.0.0.1:{b.network.port}{CONTROL_PATH}"
-            async with session.ws_connect(url, ssl=context) as raw:
-                await raw.send_bytes(encode(hello))
-                assert b"protocol" in await raw.receive_bytes(timeout=5)  # its own greeting
-                refusal = await raw.receive_bytes(timeout=5)
-            assert b"speaks protocol 99" in refusal
-            assert not b.network.connected()
-
-    asyncio.run(scenario())
+async def test_two_releases_that_cannot_talk_say_so_on_both_sides(tmp_path: Path) -> None:
+    a, b = await _devices(tmp_path, 2)
+    await pair([a, b])
+    hello = Hello(99, a.id, "a", "i", 1, 1, (), "9.0")
+    context = await asyncio.to_thread(client_context, a.identity.home)
+    async with running(b), aiohttp.ClientSession() as session:
+        url = f"wss://127.0.0.1:{b.network.port}{CONTROL_PATH}"
+        async with session.ws_connect(url, ssl=context) as raw:
+            await raw.send_bytes(encode(hello))
+            assert b"protocol" in await raw.receive_bytes(timeout=5)  # its own greeting
+            refusal = await raw.receive_bytes(timeout=5)
+        assert b"speaks protocol 99" in refusal
+        assert not b.network.connected()
 
 
-def test_reaching_oneself_is_no_conflict_and_a_copied_home_is(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        a = Device(tmp_path / "one")
-        shutil.copytree(tmp_path / "one", tmp_path / "copy")
-        copy = Device(tmp_path / "copy")
-        told: dict[str, list[str]] = {"a": [], "copy": []}
-        a.network.on_conflict(told["a"].append)
-        copy.network.on_conflict(told["copy"].append)
-        async with running(a, copy):
-            assert await _connect(a, a) == a.id
-            assert told == {"a": [], "copy": []}
-            with pytest.raises(IdentityConflictError, match="has the identity of this one"):
-                await _connect(a, copy)
-            await until(lambda: all(told.values()), "both to say so")
-            assert told["a"] == [f"127.0.0.1:{copy.network.port}"]
-            assert not a.network.connected()
-
-    asyncio.run(scenario())
+async def test_reaching_oneself_is_no_conflict_and_a_copied_home_is(tmp_path: Path) -> None:
+    a = await new_device(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    copy = await new_device(tmp_path / "copy")
+    told: dict[str, list[str]] = {"a": [], "copy": []}
+    a.network.on_conflict(told["a"].append)
+    copy.network.on_conflict(told["copy"].append)
+    async with running(a, copy):
+        assert await _connect(a, a) == a.id
+        assert told == {"a": [], "copy": []}
+        with pytest.raises(IdentityConflictError, match="has the identity of this one"):
+            await _connect(a, copy)
+        await until(lambda: all(told.values()), "both to say so")
+        assert told["a"] == [f"127.0.0.1:{copy.network.port}"]
+        assert not a.network.connected()
 
 
-def test_a_third_device_notices_twins(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        a, b = _devices(tmp_path, 2)
-        pair([a, b])
-        copy_home = tmp_path / "copy"
-        shutil.copytree(a.identity.home, copy_home)
-        copy = Device(copy_home)
-        twins: list[DeviceId] = []
-        b.network.on_twins(twins.append)
-        async with running(a, b, copy):
-            await _connect(a, b)
-            await _connect(copy, b)
-            await until(lambda: not a.network.connected(), "the first to be replaced")
-            assert not twins  # so far it could be a restart
-            await _connect(a, b)
-            await until(lambda: twins == [a.id], "the twins to be noticed")
-
-    asyncio.run(scenario())
-
-
-def test_old_tls_and_silent_connections_are_dropped(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        a, b = _devices(tmp_path, 2)
-        pair([a, b])
-        old = client_context(a.identity.home, trusted_roots(a.identity.home, a.trust))
-        old.minimum_version = ssl.TLSVersion.TLSv1_2
-        old.maximum_version = ssl.TLSVersion.TLSv1_2
-        async with running(b):
-            with pytest.raises(OSError):
-                await asyncio.open_connection("127.0.0.1", b.network.port, ssl=old)
-            reader, writer = await asyncio.open_connection("127.0.0.1", b.network.port)
-            writer.write(b"GET / HTTP/1.1\r\n\r\n")
-            async with asyncio.timeout(10):
-                answer = await reader.read()
-            assert b"HTTP" not in answer
-            writer.close()
-
-    asyncio.run(scenario())
+async def test_a_third_device_notices_twins(tmp_path: Path) -> None:
+    a, b = await _devices(tmp_path, 2)
+    await pair([a, b])
+    copy_home = tmp_path / "copy"
+    shutil.copytree(a.identity.home, copy_home)
+    copy = await new_device(copy_home)
+    twins: list[tuple[DeviceId, str]] = []
+    b.network.on_twins(lambda *twin: twins.append(twin))
+    async with running(a, b, copy):
+        await _connect(a, b)
+        await _connect(copy, b)
+        await until(lambda: not a.network.connected(), "the first to be replaced")
+        assert not twins  # so far it could be a restart
+        await _connect(a, b)
+        await until(
+            lambda: twins == [(a.id, f"127.0.0.1:{copy.network.port}")], "the twins to be noticed"
+        )
 
 
-def test_ports_asked_for_remembered_and_free(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            port = taken.getsockname()[1]
-            with pytest.raises(PortTakenError, match=f"port {port} on 127.0.0.1 is in use"):
-                async with running(Device(tmp_path / "asked", port)):
-                    pass
-            device = Device(tmp_path / "remembered", None)
-            (tmp_path / "remembered" / "port").write_text(f"{port}\n")
-            async with running(device):
-                chosen = device.network.port
-                assert chosen != port
-        again = Device(tmp_path / "remembered", None)
-        async with running(again):
-            assert again.network.port == chosen
+async def test_old_tls_and_silent_connections_are_dropped(tmp_path: Path) -> None:
+    a, b = await _devices(tmp_path, 2)
+    await pair([a, b])
+    old = await asyncio.to_thread(client_context, a.identity.home)
+    old.minimum_version = ssl.TLSVersion.TLSv1_2
+    old.maximum_version = ssl.TLSVersion.TLSv1_2
+    async with running(b):
+        with pytest.raises(OSError):
+            await asyncio.open_connection("127.0.0.1", b.network.port, ssl=old)
+        reader, writer = await asyncio.open_connection("127.0.0.1", b.network.port)
+        writer.write(b"GET / HTTP/1.1\r\n\r\n")
+        async with asyncio.timeout(10):
+            answer = await reader.read()
+        assert b"HTTP" not in answer
+        writer.close()
 
-    asyncio.run(scenario())
+
+async def test_ports_asked_for_remembered_and_free(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(PortTakenError, match=f"port {port} on 127.0.0.1 is in use"):
+            async with running(await new_device(tmp_path / "asked", port)):
+                pass
+        device = await new_device(tmp_path / "remembered", None)
+        (tmp_path / "remembered" / "port").write_text(f"{port}\n")
+        async with running(device):
+            chosen = device.network.port
+            assert chosen != port
+    again = await new_device(tmp_path / "remembered", None)
+    async with running(again):
+        assert again.network.port == chosen

@@ -13,7 +13,7 @@ from confidantd.swarm.detector import Detector
 def _beating(seconds: int, jitter: float = 0.0, seed: int = 0) -> tuple[Detector, float]:
     """A connected detector that heard a heartbeat a second, and the time of the last one."""
     detector, rng, now = Detector(), random.Random(seed), 0.0
-    detector.connected()
+    detector.connected(0.0)
     for _ in range(seconds):
         now += 1.0 + rng.uniform(-jitter, jitter)
         detector.heard(now)
@@ -50,8 +50,7 @@ def test_a_connection_that_comes_back_in_time_leaves_no_trace() -> None:
     detector, last = _beating(20)
     detector.disconnected(last)
     detector.refused()
-    detector.connected()
-    detector.heard(last + 1.0)
+    detector.connected(last + 1.0)
     assert detector.state(last + 1.5) == "alive"
 
 
@@ -71,7 +70,7 @@ def test_standing_still_oneself_is_not_held_against_the_peer() -> None:
 @given(st.lists(st.floats(0.0, 60.0), max_size=40), st.floats(0.0, 100.0))
 def test_phi_grows_with_silence(intervals: list[float], silence: float) -> None:
     detector, now = Detector(), 0.0
-    detector.connected()
+    detector.connected(0.0)
     for interval in [*intervals, 1.0]:
         now += interval
         detector.heard(now)

@@ -121,7 +121,8 @@ class _Device:
 
     def hear(self, sender: DeviceId, word: Word, now: float) -> None:
         detector = self.detectors.setdefault(sender, Detector())
-        detector.connected()
+        if detector.state(now) == "gone":
+            detector.connected(now)
         detector.heard(now)
         self.words[sender] = word
 
@@ -184,11 +185,9 @@ class _Swarm:
 
     def check(self) -> None:
         for group in self.groups():
-            followed = {
-                self.devices[i].standing.claim and c.coordinator  # type: ignore[union-attr]
-                for i in group
-                for c in [self.devices[i].standing.claim]
-            }
+            claims = [self.devices[i].standing.claim for i in group]
+            followed = {claim.coordinator for claim in claims if claim is not None}
+            assert None not in claims, "a device without a coordinator"
             assert len(followed) == 1, f"{len(followed)} coordinators in one group"
             assert followed <= {self.devices[i].id for i in group}
 

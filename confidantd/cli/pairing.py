@@ -1,0 +1,58 @@
+"""Pairing by certificate files: export this device's, add the others', remove one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from confidantd.cli.client import Client
+from confidantd.cli.output import plain, print_json
+from confidantd.errors import DeviceError, OutputError
+
+MAX_FILE_BYTES = 65_536
+
+
+async def add_members(client: Client, files: list[Path], *, as_json: bool) -> None:
+    """Trust the certificate in each file."""
+    added = []
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                pem = file.read(MAX_FILE_BYTES).decode("ascii")
+        except (OSError, UnicodeDecodeError) as failure:
+            reason = failure.strerror if isinstance(failure, OSError) else "not a certificate"
+            raise DeviceError(
+                f"{path} cannot be read ({reason})", "export it again with members export"
+            ) from None
+        added.append(await client.post("/v1/members", {"pem": pem}))
+        if not as_json:
+            typer.echo(f"paired with {plain(added[-1]['short_id'])}: compare it on that device")
+    if as_json:
+        print_json({"members": added})
+
+
+async def export_certificate(client: Client, file: Path | None, *, as_json: bool) -> None:
+    """Write or print this device's certificate."""
+    fields = await client.get("/v1/certificate")
+    if as_json:
+        print_json(fields)
+    elif file is None:
+        typer.echo(fields["pem"], nl=False)
+    else:
+        try:
+            file.write_text(fields["pem"])
+        except OSError as failure:
+            raise OutputError(f"{file} cannot be written ({failure.strerror})") from None
+        typer.echo(f"{file}: certificate of {plain(fields['name'])}, {plain(fields['short_id'])}")
+
+
+async def remove_member(client: Client, device: str, *, as_json: bool) -> None:
+    """Trust a device no longer."""
+    from urllib.parse import quote
+
+    fields = await client.delete(f"/v1/members/{quote(device, safe='')}")
+    if as_json:
+        print_json(fields)
+    else:
+        typer.echo(f"removed {plain(fields['short_id'])}; remove it on the other devices too")

@@ -1,0 +1,186 @@
+"""Tables that fit 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from confidantd.cli.output import cell, duration, plain, size
+
+STATE_STYLES = {
+    "alive": "green", "suspect": "yellow", "gone": "red", "unpaired": "dim",
+    "ok": "green", "warn": "yellow", "fail": "red",
+    "done": "green", "running": "cyan", "planning": "cyan", "recovering": "yellow",
+    "failed": "red", "cancelled": "dim",
+}  # fmt: skip
+BAR_CELLS = 12
+
+
+def table(*columns: str, right: Iterable[str] = ()) -> Table:
+    """An empty table with these columns."""
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for column in columns:
+        made.add_column(
+            column,
+            justify="right" if column in right else "left",
+            overflow="ellipsis" if column in ("name", "model", "devices") else "fold",
+        )
+    return made
+
+
+def status(fields: Mapping[str, Any]) -> RenderableType:
+    """`confidant status`."""
+    device, memory = fields["device"], fields["memory"]
+    coordinator = fields["coordinator"]
+    grid = Table.grid(padding=(0, 2))
+    rows = [
+        ("device", f"{device['name']}  {device['short_id']}"),
+        ("version", fields["version"]),
+        ("address", fields["address"]),
+        ("swarm", f"{fields['swarm']['tag']}, {fields['swarm']['members']} members"),
+        (
+            "coordinator",
+            f"{coordinator['name']} (term {coordinator['term']})" if coordinator else "none yet",
+        ),
+        (
+            "memory",
+            f"{size(memory['available_bytes'])} free for jobs of {size(memory['total_bytes'])}, "
+            f"{size(memory['granted_bytes'])} granted",
+        ),
+    ]
+    for name, value in rows:
+        grid.add_row(Text(name, style="bold"), cell(value))
+    parts: list[RenderableType] = [grid]
+    if fields.get("conflict"):
+        parts.append(Text(plain(fields["conflict"]), style="red"))
+    running = [job for job in fields["jobs"] if job["state"] in ("planning", "running")]
+    if running:
+        parts += [Text(""), jobs({"jobs": running})]
+    return Group(*parts)
+
+
+def peers(fields: Mapping[str, Any]) -> RenderableType:
+    """`confidant peers`."""
+    made = table(
+        "name", "id", "state", "address", "rtt", "memory", "GF/s", "roles",
+        right=("rtt", "memory", "GF/s"),
+    )  # fmt: skip
+    for peer in fields["peers"]:
+        trip = peer["round_trip_ms"]
+        roles = [*peer["backends"], *peer["roles"]]
+        made.add_row(
+            cell(peer["name"] + (" (this)" if peer.get("self") else "")),
+            cell(peer.get("short_id", peer["id"][:8])[:9]),
+            cell(peer["state"], STATE_STYLES.get(peer["state"], "")),
+            cell(peer["address"]),
+            cell("-" if trip is None else f"{trip:.1f}ms"),
+            cell(size(peer.get("available_bytes"))),
+            cell(f"{peer.get('gflops') or 0:.0f}" if peer.get("gflops") else "-"),
+            cell(" ".join(roles)),
+        )
+    if fields.get("conflict"):
+        return Group(made, Text(plain(fields["conflict"]), style="red"))
+    return made
+
+
+def members(fields: Mapping[str, Any]) -> RenderableType:
+    """`confidant members`."""
+    made = table("name", "short id", "id")
+    for member in fields["members"]:
+        name = member["name"] + (" (this)" if member["self"] else "")
+        made.add_row(cell(name), cell(member["short_id"]), cell(member["id"][:32] + "…"))
+    return made
+
+
+def doctor(fields: Mapping[str, Any]) -> RenderableType:
+    """`confidant doctor`."""
+    made = table("check", "state", "what")
+    for check in fields["checks"]:
+        text = Text(plain(check["message"]))
+        if check["hint"]:
+            text.append(f"\n→ {plain(check['hint'])}", style="dim")
+        made.add_row(
+            cell(check["name"]), cell(check["state"], STATE_STYLES.get(check["state"], "")), text
+        )
+    return made
+
+
+def jobs(fields: Mapping[str, Any]) -> RenderableType:
+    """`confidant jobs`."""
+    made = table("id", "kind", "model", "state", "step", "devices", right=("step",))
+    for job in fields["jobs"]:
+        steps = f"{job['step']}/{job['steps']}" if job["steps"] else "-"
+        made.add_row(
+            cell(job["id"]),
+            cell(job["kind"]),
+            cell(job["model"].rstrip("/").rpartition("/")[2]),
+            cell(job["state"], STATE_STYLES.get(job["state"], "")),
+            cell(steps),
+            cell(", ".join(job["devices"])),
+        )
+    return made if fields["jobs"] else Text("no jobs yet", style="dim")
+
+
+def job(fields: Mapping[str, Any]) -> RenderableType:
+    """`confidant jobs show`."""
+    grid = Table.grid(padding=(0, 2))
+    for name in (
+        "id", "kind", "model", "state", "step", "steps", "epoch", "owner", "devices", "output",
+        "message",
+    ):  # fmt: skip
+        value = fields.get(name)
+        text = ", ".join(value) if isinstance(value, list) else value
+        if text not in (None, ""):
+            grid.add_row(Text(name, style="bold"), cell(text))
+    return grid
+
+
+def plan(fields: Mapping[str, Any]) -> RenderableType:
+    """`confidant plan`, and the plan of a job when it starts."""
+    made = table("device", "layers", "ends", "memory", "of", "seconds", right=("seconds",))
+    for stage in fields["stages"]:
+        first, past_last = stage["layers"]
+        ends = [name for name in ("embedding", "head") if stage[name]]
+        made.add_row(
+            cell(stage["name"]),
+            cell(f"{first}-{past_last - 1}"),
+            cell(", ".join(ends)),
+            _bar(stage["memory_bytes"], stage.get("available_bytes")),
+            cell(size(stage.get("available_bytes"))),
+            cell(duration(stage["seconds"])),
+        )
+    parts: list[RenderableType] = [made]
+    names = {stage["device"]: stage["name"] for stage in fields["stages"]}
+    for link in fields["links"]:
+        ends_text = f"{names.get(link['from'], '?')} → {names.get(link['to'], '?')}"
+        parts.append(
+            Text(f"link {plain(ends_text)}: {size(link['bytes'])}, {duration(link['seconds'])}")
+        )
+    parts += [
+        Text(f"left out {plain(left['name'])}: {plain(left['reason'])}", style="yellow")
+        for left in fields["left_out"]
+    ]
+    predicted = fields["predicted"]
+    parts.append(
+        Text(
+            f"predicted: {duration(predicted['step_seconds'])} a "
+            f"{'step' if fields.get('objective', 'train') == 'train' else 'token'}, "
+            f"{predicted['tokens_per_second']:.3g} tokens/s",
+            style="bold",
+        )
+    )
+    return Group(*parts)
+
+
+def _bar(used: int, cap: int | None) -> Text:
+    share = min(1.0, used / cap) if cap else 0.0
+    full = round(share * BAR_CELLS)
+    style = "green" if share < 0.8 else "yellow"
+    bar = Text("█" * full, style=style)
+    bar.append("·" * (BAR_CELLS - full), style="dim")
+    return bar.append(f" {size(used)}")
