@@ -57,7 +57,7 @@ HOMES = {
     "aiohttp": {"net", "worker", "api", "cli"},
     "zeroconf": {"discovery"},
     "cryptography": {"identity"},
-    "msgpack": {"wire"},
+    "msgpack": {"wire.codec"},
     "tokenizers": {"jobs", "cli"},  # cli: the demo makes a byte tokenizer
     "typer": {"cli"},
     "rich": {"cli"},
