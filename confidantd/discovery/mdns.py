@@ -122,7 +122,8 @@ class MdnsDiscovery:
     def _service_changed(
         self, zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange
     ) -> None:
-        """Called by zeroconf on the loop."""
+        """Called by zeroconf on the loop, by these names."""
+        assert service_type == SERVICE_TYPE
         if state_change is ServiceStateChange.Removed:
             self._forget(name)
         elif len(self._services) < MAX_SERVICES or name in self._services:

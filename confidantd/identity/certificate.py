@@ -79,7 +79,7 @@ def _create(folder: Path) -> None:
     package_root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH", "")]))
     try:
-        done = subprocess.run(
+        done = subprocess.run(  # noqa: S603 - this interpreter, no input of others
             [sys.executable, "-m", "confidantd.identity", str(folder)],
             env={**os.environ, "PYTHONPATH": path},
             stdin=subprocess.DEVNULL,

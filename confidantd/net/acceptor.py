@@ -57,6 +57,11 @@ class Acceptor:
         for connection in self._unfinished:  # of tasks that ended before their first step
             connection.close()
 
+    def abort_all(self) -> None:
+        """End what is still open without waiting for the other sides."""
+        for transport in self._open:
+            _abort(transport)
+
     def drop_untrusted(self) -> None:
         """End every connection of a device that is trusted no longer."""
         for transport, device in list(self._open.items()):

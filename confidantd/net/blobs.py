@@ -105,6 +105,7 @@ async def read_range(
     context: ssl.SSLContext,
     address: tuple[str, int],
     digest: Digest,
+    *,
     offset: int,
     length: int,
 ) -> bytes:

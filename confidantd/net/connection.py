@@ -55,6 +55,7 @@ class Connection:
         peer: Hello,
         origin: Origin,
         host: str,
+        *,
         requests: Mapping[str, RequestHandler],
         notifications: Mapping[str, NotifyHandler],
     ) -> None:

@@ -59,6 +59,7 @@ ConflictListener = Callable[[str], None]
 TwinListener = Callable[[DeviceId, str], None]
 MAX_HEADER_BYTES = 8_190
 SHUTDOWN_SECONDS = 1.0
+LOOP_TURNS_TO_CLOSE = 3  # an aborted TLS transport closes its socket in the loop's next turns
 
 
 class Network:
@@ -234,7 +235,7 @@ class Network:
             raise PeerLostError(f"the device {short_id(device)} is not connected")
         context = await self._contexts.to(device)
         session = self._require_session()
-        return await read_range(session, context, address, digest, offset, length)
+        return await read_range(session, context, address, digest, offset=offset, length=length)
 
     def _application(self) -> web.Application:
         app = web.Application(handler_args={"max_field_size": MAX_HEADER_BYTES})
@@ -288,7 +289,14 @@ class Network:
     def _admit(self, socket: Socket, peer: Hello, origin: Origin, host: str) -> Connection:
         """A connection for a greeted socket; of two for one device the better one is kept."""
         device = peer.device
-        new = Connection(socket, peer, origin, host, self._requests, self._notifications)
+        new = Connection(
+            socket,
+            peer,
+            origin,
+            host,
+            requests=self._requests,
+            notifications=self._notifications,
+        )
         old = self._connections.get(device)
         if old is not None and not replaces(old.origin, origin):
             new.retire()
@@ -379,6 +387,10 @@ class Network:
         if self._session is not None:
             await self._session.close()
         await runner.cleanup()
+        if self._acceptor is not None:
+            self._acceptor.abort_all()
+        for _ in range(LOOP_TURNS_TO_CLOSE):
+            await asyncio.sleep(0)
 
 
 def _device_of(tls: object) -> DeviceId:

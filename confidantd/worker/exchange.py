@@ -46,7 +46,7 @@ class Exchange:
             microbatch,
             data.reshape(-1).view(np.uint8).data,
             dtype=str(data.dtype),
-            shape=data.shape,
+            shape=array.shape,  # a scalar's: contiguous data has one dimension at least
         )
 
     async def receive(self, kind: FrameKind, step: int, microbatch: int) -> NDArray[Any]:

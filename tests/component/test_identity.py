@@ -51,7 +51,8 @@ def test_trust_is_kept_in_files_and_tells_its_listeners(tmp_path: Path) -> None:
     with pytest.raises(NotPairedError, match="damaged"):
         trust.add("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
     trust.remove(two.device_id)
-    assert trust.members() == {} and changes == [1, 0]
+    assert trust.members() == {}
+    assert changes == [1, 0]
 
 
 def test_files_that_are_no_certificate_are_left_out(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,10 @@ from tests.component.swarm_support import (
     resources,
     stopped_at_end,
 )
+
+
+def _is_unpaired(device: SwarmDevice, stranger: SwarmDevice) -> bool:
+    return device.states().get(stranger.id) == "unpaired"
 
 
 async def _three(tmp_path: Path) -> list[SwarmDevice]:
@@ -170,7 +175,7 @@ async def test_mdns_on_loopback_brings_members_together_and_lists_strangers(tmp_
     async with stopped_at_end([*devices, stranger]):
         await until(lambda: agreed(devices), "the members to meet")
         for device in devices:
-            await until(lambda d=device: d.states().get(stranger.id) == "unpaired", "unpaired")
+            await until(partial(_is_unpaired, device, stranger), "unpaired")
             view = next(p for p in device.swarm.peers() if p.id == stranger.id)
             assert view.name == "odd[31m"
             assert view.name != short_id(stranger.id)
