@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import typer
+import click
 from rich.text import Text
 
 from confidantd.cli import tables
@@ -133,7 +133,9 @@ class _Demo:
         async with Client(self.devices[0].home) as client:
             while not await self._met(client):
                 if time.monotonic() - started > MEET_SECONDS:
-                    raise PeerLostError("the daemons did not find each other", "see confidant doctor")
+                    raise PeerLostError(
+                        "the daemons did not find each other", "see confidant doctor"
+                    )
                 await asyncio.sleep(POLL_SECONDS)
             status = await client.get("/v1/status")
             name, term = status["coordinator"]["name"], status["coordinator"]["term"]
@@ -230,4 +232,4 @@ class _Demo:
 
     def _say(self, text: str) -> None:
         if not self.as_json:
-            typer.echo(f"· {text}")
+            click.echo(f"· {text}")

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import aclosing
 from typing import Any
 
-import typer
+import click
 
 from confidantd.cli.client import Client
-from confidantd.cli.output import print_json
-from confidantd.errors import ConfidantError, from_wire
+from confidantd.cli.output import plain, print_json
+from confidantd.errors import (
+    CancelledJobError,
+    ConfidantError,
+    DaemonNotRunningError,
+    from_wire,
+)
 
 PHASES = {"compile": "compiling programs (once per model)", "distribute": "sending layers"}
 
@@ -18,24 +24,30 @@ PHASES = {"compile": "compiling programs (once per model)", "distribute": "sendi
 async def run_generation(client: Client, request: Mapping[str, Any], *, as_json: bool) -> None:
     """Stream the text to the terminal; with JSON print the contract's object."""
     progress = _Progress(quiet=as_json or not sys.stderr.isatty())
-    async for event in client.stream("POST", "/v1/generate", request):
-        match event["event"]:
-            case "failed":
-                progress.clear()
-                failure: ConfidantError = from_wire(event)
-                raise failure
-            case "progress":
-                progress.show(event)
-            case "token":
-                progress.clear()
-                if not as_json:
-                    typer.echo(_printable(event["text"]), nl=False)
-                    sys.stdout.flush()
-            case "done":
-                if as_json:
-                    print_json({k: v for k, v in event.items() if k != "event"})
-                else:
-                    typer.echo("")
+    async with aclosing(client.stream("POST", "/v1/generate", request)) as events:
+        async for event in events:
+            progress.clear()
+            match event["event"]:
+                case "failed":
+                    failure: ConfidantError = from_wire(event)
+                    raise failure
+                case "cancelled":
+                    raise CancelledJobError("the generation was cancelled")
+                case "progress":
+                    progress.show(event)
+                case "token" if not as_json:
+                    click.echo(_printable(event["text"]), nl=False)
+                case "done":
+                    _end(event, as_json=as_json)
+                    return
+    raise DaemonNotRunningError("the daemon ended before the text did", "start confidantd again")
+
+
+def _end(event: Mapping[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print_json({name: value for name, value in event.items() if name != "event"})
+    else:
+        click.echo("")
 
 
 def _printable(text: str) -> str:
@@ -54,7 +66,7 @@ class _Progress:
         """Draw the phase over the last one."""
         if self._quiet:
             return
-        name = PHASES.get(event["phase"], event["phase"])
+        name = PHASES.get(event["phase"]) or plain(event["phase"])[:20]
         sys.stderr.write(f"\r\x1b[K{name} {event['done']}/{event['of']}")
         sys.stderr.flush()
         self._shown = True

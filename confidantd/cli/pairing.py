@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import quote
 
-import typer
+import click
 
 from confidantd.cli.client import Client
 from confidantd.cli.output import plain, print_json
@@ -13,21 +16,14 @@ from confidantd.errors import DeviceError, OutputError
 MAX_FILE_BYTES = 65_536
 
 
-async def add_members(client: Client, files: list[Path], *, as_json: bool) -> None:
+async def add_members(client: Client, files: Sequence[Path], *, as_json: bool) -> None:
     """Trust the certificate in each file."""
     added = []
     for path in files:
-        try:
-            with path.open("rb") as file:
-                pem = file.read(MAX_FILE_BYTES).decode("ascii")
-        except (OSError, UnicodeDecodeError) as failure:
-            reason = failure.strerror if isinstance(failure, OSError) else "not a certificate"
-            raise DeviceError(
-                f"{path} cannot be read ({reason})", "export it again with members export"
-            ) from None
+        pem = await asyncio.to_thread(_read_certificate, path)
         added.append(await client.post("/v1/members", {"pem": pem}))
         if not as_json:
-            typer.echo(f"paired with {plain(added[-1]['short_id'])}: compare it on that device")
+            click.echo(f"paired with {plain(added[-1]['short_id'])}: compare it on that device")
     if as_json:
         print_json({"members": added})
 
@@ -38,21 +34,37 @@ async def export_certificate(client: Client, file: Path | None, *, as_json: bool
     if as_json:
         print_json(fields)
     elif file is None:
-        typer.echo(fields["pem"], nl=False)
+        click.echo(fields["pem"], nl=False)
     else:
-        try:
-            file.write_text(fields["pem"])
-        except OSError as failure:
-            raise OutputError(f"{file} cannot be written ({failure.strerror})") from None
-        typer.echo(f"{file}: certificate of {plain(fields['name'])}, {plain(fields['short_id'])}")
+        await asyncio.to_thread(_write_certificate, file, fields["pem"])
+        click.echo(f"{file}: certificate of {plain(fields['name'])}, {plain(fields['short_id'])}")
 
 
 async def remove_member(client: Client, device: str, *, as_json: bool) -> None:
     """Trust a device no longer."""
-    from urllib.parse import quote
-
     fields = await client.delete(f"/v1/members/{quote(device, safe='')}")
     if as_json:
         print_json(fields)
     else:
-        typer.echo(f"removed {plain(fields['short_id'])}; remove it on the other devices too")
+        click.echo(f"removed {plain(fields['short_id'])}; remove it on the other devices too")
+
+
+def _read_certificate(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_FILE_BYTES).decode("ascii")
+    except (OSError, UnicodeDecodeError) as failure:
+        reason = failure.strerror if isinstance(failure, OSError) else "not a certificate"
+        raise DeviceError(
+            f"{path} cannot be read ({reason})",
+            "export it again on its device with `confidant members export`",
+        ) from None
+
+
+def _write_certificate(path: Path, pem: str) -> None:
+    try:
+        path.write_text(pem, encoding="ascii")
+    except OSError as failure:
+        raise OutputError(
+            f"{path} cannot be written ({failure.strerror})", "name another file"
+        ) from None

@@ -18,6 +18,7 @@ STATE_STYLES = {
     "done": "green", "running": "cyan", "planning": "cyan", "recovering": "yellow",
     "failed": "red", "cancelled": "dim",
 }  # fmt: skip
+RUNNING = ("planning", "running", "recovering")
 BAR_CELLS = 12
 
 
@@ -49,8 +50,10 @@ def status(fields: Mapping[str, Any]) -> RenderableType:
         ),
         (
             "memory",
-            f"{size(memory['available_bytes'])} free for jobs of {size(memory['total_bytes'])}, "
-            f"{size(memory['granted_bytes'])} granted",
+            (
+                f"{size(memory['available_bytes'])} free for jobs of "
+                f"{size(memory['total_bytes'])}, {size(memory['granted_bytes'])} granted"
+            ),
         ),
     ]
     for name, value in rows:
@@ -58,7 +61,7 @@ def status(fields: Mapping[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [grid]
     if fields.get("conflict"):
         parts.append(Text(plain(fields["conflict"]), style="red"))
-    running = [job for job in fields["jobs"] if job["state"] in ("planning", "running")]
+    running = [job for job in fields["jobs"] if job["state"] in RUNNING]
     if running:
         parts += [Text(""), jobs({"jobs": running})]
     return Group(*parts)
@@ -162,7 +165,10 @@ def plan(fields: Mapping[str, Any]) -> RenderableType:
             Text(f"link {plain(ends_text)}: {size(link['bytes'])}, {duration(link['seconds'])}")
         )
     parts += [
-        Text(f"left out {plain(left['name'])}: {plain(left['reason'])}", style="yellow")
+        Text(
+            f"left out {plain(left.get('name') or left['device'][:8])}: {plain(left['reason'])}",
+            style="yellow",
+        )
         for left in fields["left_out"]
     ]
     predicted = fields["predicted"]

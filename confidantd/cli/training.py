@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from typing import Any
+from urllib.parse import quote
 
-import typer
-from rich.console import Console
+import click
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.table import Table
 from rich.text import Text
 
 from confidantd.cli import tables
 from confidantd.cli.client import Client
 from confidantd.cli.output import cell, console, duration, plain, print_json, size
-from confidantd.errors import ConfidantError, from_wire
+from confidantd.errors import (
+    CancelledJobError,
+    ConfidantError,
+    DaemonNotRunningError,
+    from_wire,
+)
+
+Event = dict[str, Any]
+Events = AsyncGenerator[Event, None]
 
 PHASES = {
     "prepare": "reading the text",
@@ -33,13 +44,13 @@ async def run_training(
     """Start a job; follow it unless it is detached."""
     job = (await client.post("/v1/train", request))["job"]
     if detach:
-        print_json({"job": job}) if as_json else typer.echo(job)
+        print_json({"job": job}) if as_json else click.echo(job)
         return
     try:
         await watch_job(client, job, as_json=as_json)
     except asyncio.CancelledError:
         if not as_json:
-            typer.echo(
+            click.echo(
                 f"\njob {job} goes on: `confidant jobs watch {job}` follows it, "
                 f"`confidant jobs cancel {job}` ends it",
                 err=True,
@@ -48,71 +59,83 @@ async def run_training(
 
 
 async def watch_job(client: Client, job: str, *, as_json: bool) -> None:
-    """Every event of a job from the first to the last; raises its failure."""
-    await client.get(f"/v1/jobs/{job}")  # an unknown job is said before anything is drawn
-    events = client.stream("GET", f"/v1/jobs/{job}/events")
-    if as_json:
-        failed = False
-        async for event in events:
-            print_json(event)
-            failed = event["event"] == "failed"
-        if failed:
-            raise typer.Exit(1)
-        return
+    """Every event of a job from the first to the last; raises what ended it early."""
+    path = f"/v1/jobs/{quote(job, safe='')}"
+    await client.get(path)  # an unknown job is said before anything is drawn
     screen = console()
-    if screen.is_terminal:
-        await _draw(events, screen)
-    else:
-        await _print(events, screen)
+    async with aclosing(client.stream("GET", f"{path}/events")) as events:
+        if as_json:
+            last = await _print_json(events)
+        elif screen.is_terminal:
+            last = await _draw(events, screen)
+        else:
+            last = await _print(events, screen)
+    match last.get("event"):
+        case "done":
+            return
+        case "failed" if as_json:
+            raise click.exceptions.Exit(1)  # the event has said why
+        case "failed":
+            failure: ConfidantError = from_wire(last)
+            raise failure
+        case "cancelled":
+            raise CancelledJobError(f"job {job} was cancelled")
+        case _:
+            raise DaemonNotRunningError(
+                f"the daemon ended before job {job} did", "start confidantd again"
+            )
 
 
-async def _draw(events: AsyncIterator[dict[str, Any]], screen: Console) -> None:
-    """One live line at the bottom, tables above it."""
+async def _print_json(events: Events) -> Event:
+    """One line an event; gives the last one."""
+    last: Event = {}
+    async for last in events:
+        print_json(last)
+    return last
+
+
+async def _draw(events: Events, screen: Console) -> Event:
+    """Live lines at the bottom, tables above them; gives the last event."""
+    last: Event = {}
     with Live(console=screen, auto_refresh=False, transient=True) as live:
-        async for event in events:
-            _raise_failure(event)
-            match event["event"]:
+        async for last in events:
+            match last["event"]:
                 case "progress":
-                    live.update(_phase(event), refresh=True)
+                    live.update(_phase(last), refresh=True)
                 case "step":
-                    live.update(_step(event, screen.width), refresh=True)
+                    live.update(_step(last), refresh=True)
                 case _:
-                    shown = _block(event)
-                    if shown is not None:
-                        live.console.print(shown)
+                    _show_block(last, live.console)
+    return last
 
 
-async def _print(events: AsyncIterator[dict[str, Any]], screen: Console) -> None:
-    """Plain lines, for logs."""
+async def _print(events: Events, screen: Console) -> Event:
+    """Plain lines, for logs; gives the last event."""
     phase = ""
-    async for event in events:
-        _raise_failure(event)
-        match event["event"]:
+    last: Event = {}
+    async for last in events:
+        match last["event"]:
             case "progress":
-                if event["phase"] != phase:
-                    phase = event["phase"]
-                    screen.print(Text(PHASES.get(phase, phase)))
+                if last["phase"] != phase:
+                    phase = last["phase"]
+                    screen.print(Text(_phase_name(phase)))
             case "step":
-                every = max(1, event["steps"] // PLAIN_STEP_LINES)
-                if event["step"] % every == 0 or event["step"] in (1, event["steps"]):
-                    screen.print(Text(_step_line(event)))
+                every = max(1, last["steps"] // PLAIN_STEP_LINES)
+                if last["step"] % every == 0 or last["step"] in (1, last["steps"]):
+                    screen.print(Text(_step_line(last)), soft_wrap=True)
             case _:
-                shown = _block(event)
-                if shown is not None:
-                    screen.print(shown)
+                _show_block(last, screen)
+    return last
 
 
-def _raise_failure(event: Mapping[str, Any]) -> None:
-    if event["event"] == "failed":
-        failure: ConfidantError = from_wire(event)
-        raise failure
+def _phase_name(phase: str) -> str:
+    return PHASES.get(phase) or plain(phase)[:20]
 
 
-def _phase(event: Mapping[str, Any]) -> Text:
-    name = PHASES.get(event["phase"], plain(event["phase"]))
+def _phase(event: Event) -> Text:
     of = max(1, event["of"])
     full = round(BAR_CELLS * min(1.0, event["done"] / of))
-    line = Text(f"{name:<20}")
+    line = Text(f"{_phase_name(event['phase']):<20}", no_wrap=True, overflow="ellipsis")
     line.append("█" * full, style="cyan").append("·" * (BAR_CELLS - full), style="dim")
     if event["detail"] == "bytes":
         line.append(f" {size(event['done'])} of {size(of)}")
@@ -121,7 +144,7 @@ def _phase(event: Mapping[str, Any]) -> Text:
     return line
 
 
-def _step_line(event: Mapping[str, Any]) -> str:
+def _step_line(event: Event) -> str:
     busy = " ".join(f"{100 * s['busy_fraction']:.0f}%" for s in event["stages"])
     return (
         f"step {event['step']}/{event['steps']}  loss {event['loss']:.4f}  "
@@ -130,15 +153,25 @@ def _step_line(event: Mapping[str, Any]) -> str:
     )
 
 
-def _step(event: Mapping[str, Any], width: int) -> Text:
+def _step(event: Event) -> Group:
     full = round(BAR_CELLS * event["step"] / event["steps"])
-    line = Text("█" * full, style="green").append("·" * (BAR_CELLS - full), style="dim")
-    line.append(f" {duration(event['seconds_left'])} left\n", style="bold")
-    line.append(_step_line(event)[: width - 1], style="")
-    return line
+    bar = Text("█" * full, style="green").append("·" * (BAR_CELLS - full), style="dim")
+    bar.append(f" {duration(event['seconds_left'])} left", style="bold")
+    return Group(bar, Text(_step_line(event), no_wrap=True, overflow="ellipsis"))
 
 
-def _block(event: Mapping[str, Any]) -> Any:
+def _show_block(event: Event, screen: Console) -> None:
+    """Print what stays on the screen; a path is not cut, so that it can be copied."""
+    shown = _block(event)
+    if shown is not None:
+        screen.print(shown, soft_wrap=isinstance(shown, Text))
+    if event["event"] == "done":
+        loss, steps = event["final_loss"], event["steps"]
+        screen.print(Text(f"{steps} steps, last loss {loss:.4f}", style="bold"))
+        screen.print(Text(f"saved in {plain(event['output'])}"), soft_wrap=True)
+
+
+def _block(event: Event) -> RenderableType | None:
     """What stays on the screen."""
     match event["event"]:
         case "plan":
@@ -153,7 +186,7 @@ def _block(event: Mapping[str, Any]) -> Any:
             return None
 
 
-def _done(event: Mapping[str, Any]) -> Any:
+def _done(event: Event) -> Table:
     made = tables.table("device", "layers", "peak memory", "busy", right=("peak memory", "busy"))
     for stage in event["stages"]:
         made.add_row(
@@ -162,8 +195,4 @@ def _done(event: Mapping[str, Any]) -> Any:
             cell(size(stage["peak_memory_bytes"])),
             cell(f"{100 * stage['busy_fraction']:.0f}%"),
         )
-    made.caption = Text(
-        f"{event['steps']} steps, last loss {event['final_loss']:.4f}, in {plain(event['output'])}"
-    )
-    made.caption_justify = "left"
     return made

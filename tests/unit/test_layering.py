@@ -59,7 +59,7 @@ HOMES = {
     "cryptography": {"identity"},
     "msgpack": {"wire.codec"},
     "tokenizers": {"jobs", "cli"},  # cli: the demo makes a byte tokenizer
-    "typer": {"cli"},
+    "click": {"cli"},
     "rich": {"cli"},
     "pickle": set(),
     "marshal": set(),

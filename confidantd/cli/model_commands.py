@@ -1,0 +1,134 @@
+"""`confidant plan | train | generate`: options become a request; the daemon knows the defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from confidantd.cli.option_types import (
+    COUNT,
+    WHOLE,
+    amount,
+    names,
+    options,
+    path,
+    positive,
+    share,
+)
+from confidantd.cli.run import common, json_wanted, run, show
+
+METHODS = click.Choice(["full", "lora"])
+SCHEDULES = click.Choice(["constant", "linear", "cosine"])
+
+_model = click.argument("model", metavar="MODEL", type=path)
+_devices = click.option("--devices", metavar="NAME,...", type=names, help="Use exactly these.")
+_shape = options(  # what changes a plan
+    click.option("--method", type=METHODS, help="What is trained. [default: full]"),
+    click.option("--rank", metavar="R", type=COUNT, help="LoRA rank. [default: 8]"),
+    click.option("--target-modules", metavar="a,b,...", type=names, help="LoRA targets."),
+    click.option("--batch-size", metavar="B", type=COUNT, help="Sequences a step. [default: 8]"),
+    click.option("--microbatches", metavar="M", type=COUNT, help="Parts of a batch."),
+    click.option(
+        "--sequence-length",
+        metavar="S",
+        type=click.IntRange(min=2),
+        help="Tokens a sequence. [default: 128]",
+    ),
+    _devices,
+)
+_course = options(  # what changes the result
+    click.option("--task", type=click.Choice(["causal-lm"]), help="[default: causal-lm]"),
+    click.option("--steps", metavar="N", type=COUNT, help="Updates; or else:"),
+    click.option("--epochs", metavar="N", type=COUNT, help="passes over the data. [default: 1]"),
+    click.option("--learning-rate", metavar="X", type=amount, help="[default: 2e-5, LoRA 2e-4]"),
+    click.option("--schedule", type=SCHEDULES, help="[default: linear]"),
+    click.option("--warmup-steps", metavar="N", type=WHOLE, help="[default: 3 % of the steps]"),
+    click.option("--weight-decay", metavar="X", type=amount, help="[default: 0]"),
+    click.option("--max-grad-norm", metavar="X", type=amount, help="0: none. [default: 1.0]"),
+    click.option("--seed", metavar="N", type=WHOLE, help="[default: 0]"),
+    click.option("--no-shuffle", is_flag=True, help="Blocks in file order."),
+    click.option("--alpha", metavar="X", type=positive, help="LoRA alpha. [default: 16]"),
+    click.option("--init-adapter", metavar="DIR", type=path, help="A peft adapter to start from."),
+    click.option("--eval-data", metavar="FILE", type=path, help="Held-out text."),
+    click.option("--eval-every", metavar="N", type=COUNT, help="Steps between evaluations."),
+)
+
+
+@click.command()
+@_model
+@click.option("--train", "objective", flag_value="train", default="train", help="For training.")
+@click.option("--generate", "objective", flag_value="generate", help="For generation.")
+@_shape
+@common
+def plan(model: Path, objective: str, **given: Any) -> None:
+    """Which device would hold which layers of MODEL, and what that costs; nothing starts."""
+    body = {"model": str(model), "objective": objective, "options": _request(given)}
+    show("POST", "/v1/plan", "plan", body)
+
+
+@click.command()
+@_model
+@click.argument("more_data", metavar="", nargs=-1, type=path)  # `--data A B`: B lands here
+@click.option(
+    "--data", metavar="FILE...", type=path, multiple=True, required=True, help="Text or JSONL."
+)
+@click.option(
+    "--output", metavar="DIR", type=path, required=True, help="New or empty folder for the result."
+)
+@_shape
+@_course
+@click.option("--detach", is_flag=True, help="Print the job's id and end.")
+@click.option("--wait", is_flag=True, help="Follow the job to its end (the default).")
+@common
+def train(detach: bool, wait: bool, **given: Any) -> None:
+    """Fine-tune MODEL on text; the result is a checkpoint, or a LoRA adapter, in DIR."""
+    if given["steps"] is not None and given["epochs"] is not None:
+        raise click.UsageError("--steps and --epochs exclude each other.")
+    if detach and wait:
+        raise click.UsageError("--detach and --wait exclude each other.")
+    given["data"] = [*given["data"], *given.pop("more_data")]
+    given["shuffle"] = not given.pop("no_shuffle")
+    from confidantd.cli.training import run_training
+
+    request, as_json = _request(given), json_wanted()
+    run(lambda client: run_training(client, request, detach=detach, as_json=as_json))
+
+
+@click.command()
+@_model
+@click.option("--prompt", metavar="TEXT", required=True)
+@click.option("--adapter", metavar="DIR", type=path, help="A LoRA adapter in peft's form.")
+@click.option("--max-new-tokens", metavar="N", type=COUNT, help="[default: 128]")
+@click.option("--temperature", metavar="T", type=amount, help="0: greedy. [default: 0]")
+@click.option(
+    "--top-p",
+    metavar="P",
+    type=share,
+    help="Sample from the likeliest tokens of this total probability. [default: 1]",
+)
+@click.option("--seed", metavar="N", type=WHOLE, help="Of the sampling. [default: 0]")
+@_devices
+@common
+def generate(**given: Any) -> None:
+    """Continue a prompt with MODEL; the text streams as it comes."""
+    from confidantd.cli.generating import run_generation
+
+    request, as_json = _request(given), json_wanted()
+    run(lambda client: run_generation(client, request, as_json=as_json))
+
+
+def _request(given: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given, as JSON."""
+    return {name: _plain(value) for name, value in given.items() if value is not None}
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case Path():
+            return str(value)
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case _:
+            return value
