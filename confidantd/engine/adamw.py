@@ -9,7 +9,7 @@ import numpy as np
 from confidantd.engine.tensors import Floats
 from confidantd.wire.stage import OptimizerSpec
 
-CHUNK_ELEMENTS = 1 << 16  # seven arrays of 256 KiB: temporaries stay small and in cache
+CHUNK_ELEMENTS = 1 << 14  # temporaries of 64 KiB: in cache, and below malloc's limit for mmap
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,10 @@ def update(
 def square_sum(gradient: Floats) -> float:
     """Sum of squares, accumulated in float64."""
     flat = gradient.reshape(-1)
-    total = 0.0
+    total, wide = 0.0, np.empty(CHUNK_ELEMENTS, np.float64)
     for start in range(0, flat.size, CHUNK_ELEMENTS):
-        part = flat[start : start + CHUNK_ELEMENTS].astype(np.float64)
+        narrow = flat[start : start + CHUNK_ELEMENTS]
+        part = wide[: narrow.size]
+        part[...] = narrow
         total += float(part @ part)
     return total

@@ -70,7 +70,8 @@ def session_options(threads: int) -> onnxruntime.SessionOptions:
     options.log_severity_level = _FATAL
     # spinning threads starve the other stages and links of a small machine
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # the arena never gives memory back and grows by doubling: up to twice the plan's figure
+    # an arena keeps 20 to 40 % more memory than is in use (100M trained weights: 1.9 against
+    # 1.6 GB) and never gives it back; it would save a seventh of the backward's time
     options.enable_cpu_mem_arena = False
     return options
 
