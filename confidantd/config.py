@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import platform
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ ENVIRONMENT_PREFIX = "CONFIDANT_"
 CONFIG_NAME = "config.toml"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MAX_NAME_CHARACTERS = 64
+MAX_HOME_BYTES = 90  # with `/control.sock` it stays under the 104 bytes of a socket's path
 _SIZE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?\s*$", re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
@@ -52,9 +54,9 @@ def default_home(environment: Mapping[str, str]) -> Path:
 
 
 def load_config(flags: Mapping[str, Any], environment: Mapping[str, str]) -> DaemonConfig:
-    """The settings; flags that are None or empty were not given. `ConfigError` names a wrong one."""
-    home = Path(flags.get("home") or default_home(environment)).absolute()
-    settings: dict[str, Any] = {"name": platform.node() or "device"}
+    """The settings; `ConfigError` names a wrong one. Flags that are None or () were not given."""
+    home = _home(Path(flags.get("home") or default_home(environment)).absolute())
+    settings: dict[str, Any] = {"name": _default_name()}
     settings |= _from_file(home / CONFIG_NAME)
     settings |= _from_environment(environment)
     for name in SETTINGS:
@@ -71,6 +73,11 @@ def parse_size(text: str) -> int:
         raise ConfigError(f"{text[:40]!r} is not a size", "write it like 512M or 2G")
     number, unit, _ = match.groups()
     return int(float(number) * 1024 ** _POWERS[unit.upper()])
+
+
+def _default_name() -> str:
+    """The host's name without its domain."""
+    return platform.node().split(".")[0][:MAX_NAME_CHARACTERS] or "device"
 
 
 def _from_file(path: Path) -> dict[str, Any]:
@@ -105,28 +112,57 @@ def _require_known(key: str, where: str, known: tuple[str, ...]) -> None:
 
 
 def _checked(name: str, value: Any) -> Any:
-    match name:
-        case "name":
-            return _name(value)
-        case "port":
-            return None if value is None else _whole(name, value, 0, 65_535)
-        case "threads":
-            return None if value is None else _whole(name, value, 1, 4_096)
-        case "memory_bytes":
-            return None if value is None else _memory(value)
-        case "hosts" | "peers":
-            if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
-                raise ConfigError(f"`{name}` must be a list of addresses")
-            return tuple(value)
-        case "mdns":
-            return _flag(name, value)
-        case _:
-            if str(value).lower() not in LOG_LEVELS:
-                raise ConfigError(f"`{name}` must be one of {', '.join(LOG_LEVELS)}")
-            return str(value).lower()
+    """The value in its own type; None stays None where a setting may be absent."""
+    if value is None and name in ("port", "threads", "memory_bytes"):
+        return None
+    return _CHECKS[name](name, value)
 
 
-def _name(value: Any) -> str:
+def _home(path: Path) -> Path:
+    """The control socket's path must fit what the kernel takes (104 bytes on the strictest)."""
+    if len(os.fsencode(path)) > MAX_HOME_BYTES:
+        raise ConfigError(
+            f"the home's path is longer than {MAX_HOME_BYTES} bytes, too long for a socket in it",
+            "choose a shorter --home",
+        )
+    return path
+
+
+def _addresses(name: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
+        raise ConfigError(f"`{name}` must be a list of addresses")
+    return tuple(value)
+
+
+def _hosts(name: str, value: Any) -> tuple[str, ...]:
+    hosts = _addresses(name, value)
+    for host in hosts:
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            raise ConfigError(
+                f"{host[:60]!r} is not an IP address", "give one of this device to --host"
+            ) from None
+    if not hosts:
+        raise ConfigError("`hosts` must name one address at least", "0.0.0.0 means all")
+    return hosts
+
+
+def _log_level(name: str, value: Any) -> str:
+    if str(value).lower() not in LOG_LEVELS:
+        raise ConfigError(f"`{name}` must be one of {', '.join(LOG_LEVELS)}")
+    return str(value).lower()
+
+
+def _port(name: str, value: Any) -> int:
+    return _whole(name, value, 0, 65_535)
+
+
+def _threads(name: str, value: Any) -> int:
+    return _whole(name, value, 1, 4_096)
+
+
+def _name(_: str, value: Any) -> str:
     text = str(value).strip()
     if not text or len(text) > MAX_NAME_CHARACTERS or not text.isprintable() or "," in text:
         raise ConfigError(f"the name {text[:40]!r} cannot be used", "use 1 to 64 plain characters")
@@ -143,10 +179,12 @@ def _whole(name: str, value: Any, least: int, most: int) -> int:
     return number
 
 
-def _memory(value: Any) -> int:
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
-    return parse_size(str(value))
+def _memory(name: str, value: Any) -> int:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    amount = int(value) if whole else parse_size(str(value))
+    if amount <= 0:
+        raise ConfigError(f"`{name}` must be over 0", "write it like 512M or 2G")
+    return amount
 
 
 def _flag(name: str, value: Any) -> bool:
@@ -155,6 +193,18 @@ def _flag(name: str, value: Any) -> bool:
     if str(value).lower() in ("1", "true", "yes", "0", "false", "no"):
         return str(value).lower() in ("1", "true", "yes")
     raise ConfigError(f"`{name}` must be true or false")
+
+
+_CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
+    "name": _name,
+    "port": _port,
+    "hosts": _hosts,
+    "peers": _addresses,
+    "mdns": _flag,
+    "memory_bytes": _memory,
+    "threads": _threads,
+    "log_level": _log_level,
+}
 
 
 def environment() -> Mapping[str, str]:
