@@ -180,6 +180,12 @@ class NotPairedError(ConfidantError):
     code = "not-paired"
 
 
+class UnexpectedDeviceError(NotPairedError):
+    """Another device than the expected one answers at an address."""
+
+    code = "unexpected-device"
+
+
 class ProtocolError(ConfidantError):
     """Bytes from a peer that do not follow the protocol."""
 

@@ -6,6 +6,7 @@ A stranger gets no further than that: its handshake fails and its connection is 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import ssl
@@ -13,7 +14,7 @@ from collections.abc import Awaitable, Callable
 
 from confidantd.errors import NotPairedError
 from confidantd.ids import DeviceId
-from confidantd.net.tls import peer_device_id
+from confidantd.net.tls import peer_device_id, unsent_alert
 from confidantd.tasks import TaskSet
 
 _log = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ class Acceptor:
         asyncio.get_running_loop().add_reader(listener, self._accept, listener)
 
     async def _handshake(self, connection: socket.socket, host: str) -> None:
+        spare = connection.dup()  # outlives asyncio's own, for the alert
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             transport, _ = await asyncio.get_running_loop().connect_accepted_socket(
@@ -109,12 +111,14 @@ class Acceptor:
             )
         except OSError as failure:  # ssl.SSLError and time limits are OSErrors too
             connection.close()
+            _send_alert(spare, failure)
             self._refused(host, failure)
             return
         except asyncio.CancelledError:
             connection.close()
             raise
         finally:
+            spare.close()
             self._unfinished.discard(connection)
         self._check(transport, host)
 
@@ -135,6 +139,13 @@ class Acceptor:
         if now >= self._quiet_until:
             self._quiet_until = now + LOG_SECONDS
             _log.debug("refused a connection from %s: %s", host, failure)
+
+
+def _send_alert(connection: socket.socket, failure: OSError) -> None:
+    alert = unsent_alert(failure)
+    if alert:
+        with contextlib.suppress(OSError):  # the other side may be gone
+            connection.send(alert)
 
 
 def _abort(transport: asyncio.BaseTransport) -> None:

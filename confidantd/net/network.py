@@ -17,9 +17,9 @@ import confidantd
 from confidantd.errors import (
     ConfidantError,
     IdentityConflictError,
-    NotPairedError,
     PeerLostError,
     ProtocolError,
+    UnexpectedDeviceError,
 )
 from confidantd.identity.certificate import Identity
 from confidantd.identity.trust import TrustStore
@@ -173,7 +173,8 @@ class Network:
         """Dial once (limit 5 s); gives the id of who answered, which is now connected.
 
         Our own id means that we reached ourselves. `NotPairedError` if the device does not
-        trust us, we not it, or it is not `expect`; `PeerRefusedError` if nothing listens;
+        trust us or we not it, `UnexpectedDeviceError` if it is not `expect`;
+        `PeerRefusedError` if nothing listens;
         `IdentityConflictError` if another daemon has our identity; else `PeerLostError`.
         """
         where = f"{host}:{port}"
@@ -184,7 +185,9 @@ class Network:
             try:
                 device = _device_of(socket.get_extra_info("ssl_object"))
                 if not self._trusts(device) or expect not in (None, device):
-                    raise NotPairedError(f"another device than the expected answers at {where}")
+                    raise UnexpectedDeviceError(
+                        f"another device than the expected answers at {where}"
+                    )
                 hello = self._hello()
                 await socket.send_bytes(encode(hello))
                 peer = _checked_hello(await _receive(socket), device)

@@ -26,14 +26,14 @@ def server_context(home: str | Path, roots: Iterable[str] | None = None) -> ssl.
 
     Reads files. Sessions are never resumed, so a removed member cannot skip the check.
     """
-    context = _context(ssl.PROTOCOL_TLS_SERVER, Path(home), roots)
+    context = _context(_AlertingContext(ssl.PROTOCOL_TLS_SERVER), Path(home), roots)
     context.num_tickets = 0
     return context
 
 
 def client_context(home: str | Path, roots: Iterable[str] | None = None) -> ssl.SSLContext:
     """For dialling; the arguments are those of `server_context`."""
-    return _context(ssl.PROTOCOL_TLS_CLIENT, Path(home), roots)
+    return _context(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), Path(home), roots)
 
 
 def peer_device_id(tls: ssl.SSLObject | ssl.SSLSocket | None) -> DeviceId:
@@ -54,10 +54,50 @@ def own_certificate(home: Path) -> str:
     return (home / IDENTITY_FOLDER / CERTIFICATE_NAME).read_text(encoding="ascii")
 
 
-def _context(protocol: int, home: Path, roots: Iterable[str] | None) -> ssl.SSLContext:
+def unsent_alert(failure: BaseException) -> bytes:
+    """The TLS alert of a failed handshake, which asyncio forgets to send: without it the
+    other side sees a broken connection and cannot know that it is not trusted."""
+    return getattr(failure, _ALERT_ATTRIBUTE, b"")
+
+
+_ALERT_ATTRIBUTE = "confidant_alert"
+
+
+class _AlertingObject(ssl.SSLObject):
+    """Keeps the alert with the error."""
+
+    outgoing: ssl.MemoryBIO
+
+    def do_handshake(self) -> None:
+        try:
+            super().do_handshake()
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise
+        except ssl.SSLError as failure:
+            setattr(failure, _ALERT_ATTRIBUTE, self.outgoing.read())
+            raise
+
+
+class _AlertingContext(ssl.SSLContext):
+    sslobject_class = _AlertingObject
+
+    def wrap_bio(
+        self,
+        incoming: ssl.MemoryBIO,
+        outgoing: ssl.MemoryBIO,
+        server_side: bool = False,
+        server_hostname: str | bytes | None = None,
+        session: ssl.SSLSession | None = None,
+    ) -> ssl.SSLObject:
+        made = super().wrap_bio(incoming, outgoing, server_side, server_hostname, session)
+        assert isinstance(made, _AlertingObject)
+        made.outgoing = outgoing
+        return made
+
+
+def _context(context: ssl.SSLContext, home: Path, roots: Iterable[str] | None) -> ssl.SSLContext:
     if roots is None:
         roots = trusted_roots(home, TrustStore(home))
-    context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False
     context.verify_mode = ssl.CERT_REQUIRED

@@ -14,6 +14,7 @@ from confidantd.errors import (
     NotPairedError,
     PeerRefusedError,
     ProtocolError,
+    UnexpectedDeviceError,
 )
 from confidantd.ids import DeviceId
 from confidantd.net.network import Network
@@ -74,7 +75,7 @@ class Dialing:
         while True:
             connected = device in self._network.connected() or await self._try(device)
             if connected:
-                pause = FIRST_PAUSE_SECONDS
+                pause = LONGEST_PAUSE_SECONDS  # a lost connection nudges
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause * self._random.uniform(0.8, 1.2)):
                     await nudge.wait()
@@ -95,7 +96,7 @@ class Dialing:
                 await self._network.connect(host, port, device)
             except PeerRefusedError:
                 refused += 1
-            except NotPairedError as failure:
+            except UnexpectedDeviceError as failure:
                 self._book.drop(device, address)
                 self._say(address, failure)
             except ConfidantError as failure:

@@ -23,6 +23,7 @@ class Member:
         self.detector = Detector()
         self.word: Word | None = None
         self.resources: Resources | None = None
+        self.left = False  # said good-bye, and was not connected since
         self._sequence = 0
         self._sent: deque[tuple[int, float]] = deque(maxlen=MAX_SENT)
         self._round_trips: deque[float] = deque(maxlen=ROUND_TRIPS)
@@ -37,8 +38,14 @@ class Member:
     def connected(self, now: float) -> None:
         """A connection begins: the other side may know nothing of us."""
         self.detector.connected(now)
+        self.left = False
         self._since_full = FULL_BEAT_EVERY
         self._round_trips.clear()
+
+    def said_goodbye(self) -> None:
+        """The member's daemon ends on purpose."""
+        self.detector.said_goodbye()
+        self.left = True
 
     def next_sequence(self, now: float) -> int:
         """The number of the heartbeat that goes out now."""

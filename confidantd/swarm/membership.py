@@ -78,6 +78,10 @@ class Membership:
         """alive, suspect or gone."""
         return self._states.get(device, "gone")
 
+    def left(self, device: DeviceId) -> bool:
+        """True if the device said good-bye: its daemon is ending, or has ended."""
+        return device in self.members and self.members[device].left
+
     def set_resources(self, resources: Resources) -> None:
         """What this device offers from now on; told with the next heartbeats."""
         if resources != self.resources:
@@ -215,7 +219,7 @@ class Membership:
 
     def _bye_came(self, device: DeviceId, _params: dict[str, Any]) -> None:
         if device in self.members:
-            self.members[device].detector.said_goodbye()
+            self.members[device].said_goodbye()
             self._wake.set()
 
     def _connected(self, device: DeviceId) -> None:

@@ -74,7 +74,7 @@ class Swarm:
         self._conflict = ConflictWatch(network, self._notify_change)
         self._dialing = Dialing(network, self._book, self._membership.refused)
         network.on_connected(self._connected)
-        network.on_disconnected(self._dialing.nudge)
+        network.on_disconnected(self._disconnected)
         if discovery is not None:
             discovery.watch(self._found, self._lost)
 
@@ -212,6 +212,10 @@ class Swarm:
         self._book.set_name(device, peer.name)
         self._book.put_first(device, [format_address(*address)])
         self._book.put_last(device, peer.addresses)
+
+    def _disconnected(self, device: DeviceId) -> None:
+        if not self._membership.left(device):  # else it would be reached while it still ends
+            self._dialing.nudge(device)
 
     def _self_view(self) -> PeerView:
         address = next(iter(self._network.addresses), "")

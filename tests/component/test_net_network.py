@@ -125,9 +125,8 @@ async def test_a_stranger_ends_at_the_handshake(tmp_path: Path, who_trusts: str)
     if who_trusts == "listener":
         await asyncio.to_thread(b.trust.add, a.identity.certificate_pem)
     async with running(a, b):
-        with pytest.raises((NotPairedError, PeerLostError)) as caught:
+        with pytest.raises(NotPairedError, match=r"not paired|does not know"):
             await _connect(a, b)
-        assert not isinstance(caught.value, PeerRefusedError)
         assert not a.network.connected()
         assert not b.network.connected()
 
