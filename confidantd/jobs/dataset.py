@@ -23,21 +23,15 @@ from confidantd.store.files import storage_error, write_atomically
 
 
 def prepare(request: dict[str, Any], folder: Path) -> dict[str, int]:
-    """Write the dataset of a request `{"model", "files", "sequence_length"}`; gives its figures."""
+    """Write the dataset of a request `{"model", "files", "sequence_length"}`; gives its figures.
+
+    `tokens` counts those in whole blocks. `DataError` says what is wrong with the text.
+    """
     model = Path(request["model"])
-    tokenizer = load_tokenizer(model)
-    end = end_of_text(model, tokenizer)
-    tokens = array.array("i")
-    count = 0
+    vocabulary = read_model(model).spec.vocabulary
     files = [Path(name) for name in request["files"]]
-    for index, path in enumerate(files):
-        _say({"progress": path.name, "done": index, "of": len(files)})
-        for document in documents(path):
-            if count and end is not None:
-                tokens.append(end)
-            tokens.extend(tokenizer.encode(document, add_special_tokens=False).ids)
-            count += 1
-    _check_vocabulary(tokens, read_model(model).spec.vocabulary)
+    tokens, documents_read = _tokenise(model, files)
+    _check_vocabulary(tokens, vocabulary)
     length = int(request["sequence_length"])
     blocks = len(tokens) // length
     if not blocks:
@@ -46,16 +40,31 @@ def prepare(request: dict[str, Any], folder: Path) -> dict[str, int]:
             "give more text or lower --sequence-length",
         )
     del tokens[blocks * length :]
-    _write(tokens, folder / "tokens.bin")
     figures = {
         "tokens": len(tokens),
         "blocks": blocks,
-        "documents": count,
+        "documents": documents_read,
         "sequence_length": length,
     }
-    write_atomically(folder / "dataset.json", json.dumps(figures).encode())
+    _write(folder, tokens, figures)
     _say({"progress": "", "done": len(files), "of": len(files)})
     return figures
+
+
+def _tokenise(model: Path, files: list[Path]) -> tuple[array.array[int], int]:
+    """Tokens of all documents with the end-of-text token between them, and their number."""
+    tokenizer = load_tokenizer(model)
+    end = end_of_text(model, tokenizer)
+    tokens = array.array("i")
+    count = 0
+    for index, path in enumerate(files):
+        _say({"progress": path.name, "done": index, "of": len(files)})
+        for document in documents(path):
+            if count and end is not None:
+                tokens.append(end)
+            tokens.extend(tokenizer.encode(document, add_special_tokens=False).ids)
+            count += 1
+    return tokens, count
 
 
 def _check_vocabulary(tokens: array.array[int], vocabulary: int) -> None:
@@ -67,14 +76,17 @@ def _check_vocabulary(tokens: array.array[int], vocabulary: int) -> None:
         )
 
 
-def _write(tokens: array.array[int], path: Path) -> None:
+def _write(folder: Path, tokens: array.array[int], figures: dict[str, int]) -> None:
+    """`dataset.json` last, and never beside the tokens of another run: it says all is there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "dataset.json").unlink(missing_ok=True)
+    except OSError as failure:
+        raise storage_error(folder, failure) from None
     if sys.byteorder == "big":
         tokens.byteswap()
-    try:
-        with path.open("wb") as file:
-            tokens.tofile(file)
-    except OSError as failure:
-        raise storage_error(path, failure) from None
+    write_atomically(folder / "tokens.bin", memoryview(tokens))
+    write_atomically(folder / "dataset.json", json.dumps(figures).encode())
 
 
 def _say(message: dict[str, Any]) -> None:

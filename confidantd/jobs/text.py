@@ -14,7 +14,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from confidantd.errors import ConfidantError, ProtocolError
+from confidantd.errors import ConfidantError, DataError, ProtocolError
+from confidantd.jobs.documents import is_unicode
 from confidantd.jobs.tokenizer import load_tokenizer
 
 UNFINISHED = "\ufffd"  # what an incomplete character decodes to
@@ -63,10 +64,12 @@ class TextServer:
         """The answer to one question."""
         match question:
             case {"encode": str(text)}:
+                if not is_unicode(text):
+                    raise DataError("the prompt is not valid Unicode", "give it as UTF-8")
                 ids = list(self._tokenizer.encode(text).ids)
                 self._decoder = StreamDecoder(self._tokenizer, ids)
                 return {"ids": ids}
-            case {"push": int(token)}:
+            case {"push": int(token)} if token >= 0:
                 return {"text": self._decoder.push(token)}
             case {"flush": True}:
                 return {"text": self._decoder.flush()}

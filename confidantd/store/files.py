@@ -9,8 +9,10 @@ from pathlib import Path
 
 from confidantd.errors import StorageError
 
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF)  # Android's FUSE
 
-def write_atomically(path: Path, data: bytes) -> None:
+
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Replace `path` with `data`, flushed to the disk; `StorageError` leaves the old file."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -20,10 +22,23 @@ def write_atomically(path: Path, data: bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
+            sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as failure:
         raise storage_error(path, failure) from None
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a rename in `folder` to the disk, where its file system can do that."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as failure:
+        if failure.errno not in _NO_FOLDER_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def storage_error(path: Path, failure: OSError) -> StorageError:
