@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
-import ssl
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +16,6 @@ from confidantd.errors import (
     ConfidantError,
     IdentityConflictError,
     PeerLostError,
-    ProtocolError,
     UnexpectedDeviceError,
 )
 from confidantd.identity.certificate import Identity
@@ -27,6 +24,7 @@ from confidantd.ids import DeviceId, Digest, short_id
 from confidantd.net.acceptor import Acceptor
 from confidantd.net.blobs import BLOB_PATH, BlobServer, BlobSource, read_range
 from confidantd.net.connection import Connection, NotifyHandler, RequestHandler, Socket
+from confidantd.net.connections import Connections, DeviceListener, TwinListener
 from confidantd.net.contexts import Contexts
 from confidantd.net.dialer import (
     CLOSE_SECONDS,
@@ -37,26 +35,16 @@ from confidantd.net.dialer import (
     open_socket,
     translated,
 )
-from confidantd.net.duplicates import InstanceLog, Origin, replaces
+from confidantd.net.duplicates import Origin
+from confidantd.net.greeting import device_of, greet_back, greet_first
 from confidantd.net.listen import bound_port, open_listeners
-from confidantd.net.tls import peer_device_id
 from confidantd.tasks import TaskSet
 from confidantd.wire.codec import MAX_MESSAGE_BYTES
-from confidantd.wire.messages import (
-    MAX_ADDRESSES,
-    PROTOCOL_VERSION,
-    Hello,
-    clean_name,
-    decode_hello,
-    encode,
-    refusal,
-)
+from confidantd.wire.messages import MAX_ADDRESSES, PROTOCOL_VERSION, Hello, clean_name
 
 _log = logging.getLogger(__name__)
 
-DeviceListener = Callable[[DeviceId], None]
 ConflictListener = Callable[[str], None]
-TwinListener = Callable[[DeviceId, str], None]
 MAX_HEADER_BYTES = 8_190
 SHUTDOWN_SECONDS = 1.0
 LOOP_TURNS_TO_CLOSE = 3  # an aborted TLS transport closes its socket in the loop's next turns
@@ -92,17 +80,13 @@ class Network:
         self._blobs = BlobServer(blobs)
         self._requests: dict[str, RequestHandler] = {}
         self._notifications: dict[str, NotifyHandler] = {}
-        self._connections: dict[DeviceId, Connection] = {}
-        self._instances = InstanceLog()
+        self._connections = Connections()
         self._attempts = 0
         self._tasks = TaskSet("network")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._session: aiohttp.ClientSession | None = None
         self._acceptor: Acceptor | None = None
-        self._connected: list[DeviceListener] = []
-        self._disconnected: list[DeviceListener] = []
         self._conflicts: list[ConflictListener] = []
-        self._twins: list[TwinListener] = []
 
     async def run(self) -> None:
         """Serve until cancelled. `PortTakenError` if the port asked for is in use."""
@@ -140,11 +124,11 @@ class Network:
 
     def on_connected(self, listener: DeviceListener) -> None:
         """Call when a device that had no connection has one."""
-        self._connected.append(listener)
+        self._connections.connected.append(listener)
 
     def on_disconnected(self, listener: DeviceListener) -> None:
         """Call when a device has no connection any more."""
-        self._disconnected.append(listener)
+        self._connections.disconnected.append(listener)
 
     def on_conflict(self, listener: ConflictListener) -> None:
         """Call with the address of another device that has our very identity."""
@@ -153,11 +137,11 @@ class Network:
     def on_twins(self, listener: TwinListener) -> None:
         """Call when two daemons use one peer's identity: with its id, now connected, and the
         address of the other one."""
-        self._twins.append(listener)
+        self._connections.twins.append(listener)
 
     def connected(self) -> set[DeviceId]:
         """The devices with an open connection."""
-        return set(self._connections)
+        return self._connections.devices()
 
     def peer(self, device: DeviceId) -> Hello | None:
         """What a connected device said about itself."""
@@ -183,14 +167,13 @@ class Network:
             socket = await open_socket(session, await self._contexts.dialling(), host, port)
             greeted = False
             try:
-                device = _device_of(socket.get_extra_info("ssl_object"))
+                device = device_of(socket.get_extra_info("ssl_object"))
                 if not self._trusts(device) or expect not in (None, device):
                     raise UnexpectedDeviceError(
                         f"another device than the expected answers at {where}"
                     )
                 hello = self._hello()
-                await socket.send_bytes(encode(hello))
-                peer = _checked_hello(await _receive(socket), device)
+                peer = await greet_first(socket, device, hello)
                 greeted = True
             finally:
                 if not greeted:
@@ -200,16 +183,13 @@ class Network:
             self._check_self(peer, host)
             return device
         origin = Origin(self.identity.device_id, hello.attempt, peer.instance)
-        connection = self._admit(socket, peer, origin, host)
+        connection = self._connection(socket, peer, origin, host)
         self._tasks.start(self._serve(connection), f"to-{short_id(device)}")
         return device
 
     def disconnect(self, device: DeviceId, reason: str) -> None:
         """End the connection to `device`, if there is one."""
-        connection = self._connections.get(device)
-        if connection is not None:
-            connection.close(reason)
-            self._remove(connection)
+        self._connections.end(device, reason)
 
     async def request(
         self, device: DeviceId, method: str, params: dict[str, Any], *, timeout_seconds: float
@@ -247,7 +227,7 @@ class Network:
         return app
 
     async def _blob(self, request: web.Request) -> web.StreamResponse:
-        device = _device_of(request.get_extra_info("ssl_object"))
+        device = device_of(request.get_extra_info("ssl_object"))
         if device == self.identity.device_id or not self._trusts(device):
             raise web.HTTPForbidden
         return await self._blobs.handle(request)
@@ -260,39 +240,26 @@ class Network:
             max_msg_size=MAX_MESSAGE_BYTES,
             timeout=CLOSE_SECONDS,
         )
-        device = _device_of(request.get_extra_info("ssl_object"))
+        device = device_of(request.get_extra_info("ssl_object"))
         if not self._trusts(device):
             raise web.HTTPForbidden
         await socket.prepare(request)
         host = request.remote or "?"
         try:
-            async with translated(host, CONNECT_SECONDS):
-                greeting = await _receive(socket)
-                await socket.send_bytes(encode(self._hello()))  # first: versions may differ
-                peer = _checked_hello(greeting, device)
+            peer = await greet_back(socket, device, self._hello())
         except ConfidantError as failure:
             _log.info("no connection from %s: %s", host, failure)
-            await self._refuse(socket, failure)
             return socket
         if device == self.identity.device_id:
             await socket.close()
             self._tell_conflict(peer, host)
             return socket
         origin = Origin(device, peer.attempt, peer.instance)
-        await self._serve(self._admit(socket, peer, origin, host))
+        await self._serve(self._connection(socket, peer, origin, host))
         return socket
 
-    async def _refuse(self, socket: web.WebSocketResponse, failure: ConfidantError) -> None:
-        with contextlib.suppress(PeerLostError):
-            async with translated("a refused device", CLOSE_SECONDS):
-                if not socket.closed:
-                    await socket.send_bytes(encode(refusal(failure)))
-                    await socket.close()
-
-    def _admit(self, socket: Socket, peer: Hello, origin: Origin, host: str) -> Connection:
-        """A connection for a greeted socket; of two for one device the better one is kept."""
-        device = peer.device
-        new = Connection(
+    def _connection(self, socket: Socket, peer: Hello, origin: Origin, host: str) -> Connection:
+        connection = Connection(
             socket,
             peer,
             origin,
@@ -300,39 +267,14 @@ class Network:
             requests=self._requests,
             notifications=self._notifications,
         )
-        old = self._connections.get(device)
-        if old is not None and not replaces(old.origin, origin):
-            new.retire()
-            return new
-        self._connections[device] = new
-        if old is None:
-            _log.info("connected to %s at %s", clean_name(peer.name), host)
-            for listener in self._connected:
-                listener(device)
-        elif old.origin.instance != origin.instance:
-            old.close("the device started anew")
-        else:
-            old.retire()
-        other = self._instances.twin(device, peer.instance, f"{bracketed(host)}:{peer.port}")
-        if other is not None:
-            for twin_listener in self._twins:
-                twin_listener(device, other)
-        return new
+        self._connections.admit(connection)
+        return connection
 
     async def _serve(self, connection: Connection) -> None:
         try:
             await connection.run()
         finally:
-            self._remove(connection)
-
-    def _remove(self, connection: Connection) -> None:
-        device = connection.peer.device
-        if self._connections.get(device) is not connection:
-            return
-        del self._connections[device]
-        _log.info("disconnected from %s: %s", clean_name(connection.peer.name), connection.reason)
-        for listener in self._disconnected:
-            listener(device)
+            self._connections.remove(connection)
 
     def _hello(self) -> Hello:
         self._attempts += 1
@@ -384,8 +326,7 @@ class Network:
     async def _stop(self, runner: web.AppRunner) -> None:
         if self._acceptor is not None:
             await self._acceptor.close()
-        for connection in list(self._connections.values()):
-            connection.close("this device stops")
+        self._connections.close_all("this device stops")
         await self._tasks.close()
         if self._session is not None:
             await self._session.close()
@@ -394,21 +335,3 @@ class Network:
             self._acceptor.abort_all()
         for _ in range(LOOP_TURNS_TO_CLOSE):
             await asyncio.sleep(0)
-
-
-def _device_of(tls: object) -> DeviceId:
-    return peer_device_id(tls if isinstance(tls, ssl.SSLObject) else None)
-
-
-async def _receive(socket: Socket) -> bytes:
-    message = await socket.receive()
-    if message.type is not aiohttp.WSMsgType.BINARY:
-        raise PeerLostError("the other device closed the connection before it greeted")
-    return bytes(message.data)
-
-
-def _checked_hello(data: bytes, device: DeviceId) -> Hello:
-    hello = decode_hello(data)
-    if hello.device != device:
-        raise ProtocolError("the greeting names another device than the certificate")
-    return hello
