@@ -38,9 +38,10 @@ def plain(text: object) -> str:
     return "".join(c if c.isprintable() else " " for c in str(text))
 
 
-def cell(value: object, style: str = "") -> Text:
-    """A table cell; never read as markup."""
-    return Text("-" if value in (None, "") else plain(value), style=style)
+def cell(value: object, style: str = "", *, cut: bool = False) -> Text:
+    """A table cell, never read as markup; `cut`: shortened where it does not fit, not folded."""
+    text = "-" if value in (None, "") else plain(value)
+    return Text(text, style=style, no_wrap=cut or None, overflow="ellipsis" if cut else None)
 
 
 def size(amount: float | None) -> str:

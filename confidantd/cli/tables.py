@@ -19,17 +19,21 @@ STATE_STYLES = {
     "failed": "red", "cancelled": "dim",
 }  # fmt: skip
 RUNNING = ("planning", "running", "recovering")
-BAR_CELLS = 12
+BAR_CELLS = 10
+FLEXIBLE = ("name", "device", "model", "devices")
+LEAST_CELLS = 8
 
 
-def table(*columns: str, right: Iterable[str] = ()) -> Table:
-    """An empty table with these columns."""
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+def table(*columns: str, right: Iterable[str] = (), wide: str = "") -> Table:
+    """An empty table; where space is short the columns named in `FLEXIBLE` and `wide` give way."""
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
         made.add_column(
             column,
             justify="right" if column in right else "left",
-            overflow="ellipsis" if column in ("name", "model", "devices") else "fold",
+            no_wrap=column not in (*FLEXIBLE, wide),
+            overflow="fold" if column == wide else "ellipsis",
+            min_width=LEAST_CELLS if column in FLEXIBLE else None,
         )
     return made
 
@@ -70,21 +74,20 @@ def status(fields: Mapping[str, Any]) -> RenderableType:
 def peers(fields: Mapping[str, Any]) -> RenderableType:
     """`confidant peers`."""
     made = table(
-        "name", "id", "state", "address", "rtt", "memory", "GF/s", "roles",
-        right=("rtt", "memory", "GF/s"),
+        "name", "id", "state", "address", "rtt", "memory", "can",
+        right=("rtt", "memory"),
     )  # fmt: skip
+    made.padding = (0, 0)  # one space between columns, so that names and addresses both fit
     for peer in fields["peers"]:
         trip = peer["round_trip_ms"]
-        roles = [*peer["backends"], *peer["roles"]]
         made.add_row(
-            cell(peer["name"] + (" (this)" if peer.get("self") else "")),
-            cell(peer.get("short_id", peer["id"][:8])[:9]),
+            cell(peer["name"] + (" (this)" if peer.get("self") else ""), cut=True),
+            cell(peer.get("short_id", peer["id"])[:9]),
             cell(peer["state"], STATE_STYLES.get(peer["state"], "")),
             cell(peer["address"]),
-            cell("-" if trip is None else f"{trip:.1f}ms"),
+            cell("-" if trip is None else f"{trip:.3g} ms"),
             cell(size(peer.get("available_bytes"))),
-            cell(f"{peer.get('gflops') or 0:.0f}" if peer.get("gflops") else "-"),
-            cell(" ".join(roles)),
+            cell(" ".join([*peer["backends"], *peer["roles"]])),
         )
     if fields.get("conflict"):
         return Group(made, Text(plain(fields["conflict"]), style="red"))
@@ -96,13 +99,13 @@ def members(fields: Mapping[str, Any]) -> RenderableType:
     made = table("name", "short id", "id")
     for member in fields["members"]:
         name = member["name"] + (" (this)" if member["self"] else "")
-        made.add_row(cell(name), cell(member["short_id"]), cell(member["id"][:32] + "…"))
+        made.add_row(cell(name, cut=True), cell(member["short_id"]), cell(member["id"][:32] + "…"))
     return made
 
 
 def doctor(fields: Mapping[str, Any]) -> RenderableType:
     """`confidant doctor`."""
-    made = table("check", "state", "what")
+    made = table("check", "state", "what", wide="what")
     for check in fields["checks"]:
         text = Text(plain(check["message"]))
         if check["hint"]:
@@ -121,10 +124,10 @@ def jobs(fields: Mapping[str, Any]) -> RenderableType:
         made.add_row(
             cell(job["id"]),
             cell(job["kind"]),
-            cell(job["model"].rstrip("/").rpartition("/")[2]),
+            cell(job["model"].rstrip("/").rpartition("/")[2], cut=True),
             cell(job["state"], STATE_STYLES.get(job["state"], "")),
             cell(steps),
-            cell(", ".join(job["devices"])),
+            cell(", ".join(job["devices"]), cut=True),
         )
     return made if fields["jobs"] else Text("no jobs yet", style="dim")
 
@@ -150,7 +153,7 @@ def plan(fields: Mapping[str, Any]) -> RenderableType:
         first, past_last = stage["layers"]
         ends = [name for name in ("embedding", "head") if stage[name]]
         made.add_row(
-            cell(stage["name"]),
+            cell(stage["name"], cut=True),
             cell(f"{first}-{past_last - 1}"),
             cell(", ".join(ends)),
             _bar(stage["memory_bytes"], stage.get("available_bytes")),

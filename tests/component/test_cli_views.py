@@ -1,0 +1,170 @@
+"""Commands that ask once: exactly the daemon's JSON, or a table that fits 80 columns."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.component import cli_answers as answers
+from tests.component.cli_support import Request, confidant, fake_daemon
+
+VIEWS: dict[str, tuple[tuple[str, ...], str, dict[str, Any]]] = {
+    "status": (("status",), "GET /v1/status", answers.STATUS),
+    "peers": (("peers",), "GET /v1/peers", answers.PEERS),
+    "members": (("members",), "GET /v1/members", answers.MEMBERS),
+    "members list": (("members", "list"), "GET /v1/members", answers.MEMBERS),
+    "doctor": (("doctor",), "GET /v1/doctor", answers.DOCTOR),
+    "jobs": (("jobs",), "GET /v1/jobs", answers.JOBS),
+    "jobs list": (("jobs", "list"), "GET /v1/jobs", answers.JOBS),
+    "jobs show": (("jobs", "show", "0123456789ab"), "GET /v1/jobs/0123456789ab", answers.JOB),
+    "plan": (("plan", "/models/small"), "POST /v1/plan", answers.PLAN),
+}
+
+
+@pytest.fixture(params=list(VIEWS))
+def view(request: pytest.FixtureRequest) -> tuple[tuple[str, ...], str, dict[str, Any]]:
+    """A command, what it asks, and the answer."""
+    return VIEWS[request.param]
+
+
+def width(line: str) -> int:
+    """Terminal cells of a line."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in line)
+
+
+def assert_fit_for_a_terminal(text: str) -> None:
+    """At most 80 wide, and no control characters of the daemon or a peer."""
+    for line in text.splitlines():
+        assert width(line) <= 80, line
+    assert not any(unicodedata.category(c).startswith("C") for c in text.replace("\n", ""))
+
+
+def test_json_is_the_daemons_answer(
+    tmp_path: Path, view: tuple[tuple[str, ...], str, dict[str, Any]]
+) -> None:
+    arguments, asked, answer = view
+    with fake_daemon(tmp_path, {asked: answer}):
+        done = confidant(tmp_path, *arguments, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == answer
+
+
+def test_tables_fit_80_columns(
+    tmp_path: Path, view: tuple[tuple[str, ...], str, dict[str, Any]]
+) -> None:
+    arguments, asked, answer = view
+    with fake_daemon(tmp_path, {asked: answer}):
+        done = confidant(tmp_path, *arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert_fit_for_a_terminal(done.stdout)
+
+
+def shown(tmp_path: Path, name: str) -> str:
+    """What a command prints for a person."""
+    arguments, asked, answer = VIEWS[name]
+    with fake_daemon(tmp_path, {asked: answer}):
+        return confidant(tmp_path, *arguments).stdout
+
+
+def test_status_says_who_where_and_how_much(tmp_path: Path) -> None:
+    text = shown(tmp_path, "status")
+    for part in ("anna", "AAAA-BBBB-CC", "192.168.178.100:47113", "ben (term 7)", "5.0 GB free"):
+        assert part in text
+
+
+def test_peers_are_told_apart(tmp_path: Path) -> None:
+    text = shown(tmp_path, "peers")
+    for part in ("anna (this)", "suspect", "unpaired", "192.168.178.101:47113", "12.3"):
+        assert part in text
+    assert "[red]" in text  # a peer's name is text, not markup
+    assert len(text.splitlines()) == 2 + 3  # no row is folded
+
+
+def test_a_copied_home_is_said(tmp_path: Path) -> None:
+    said = "another device uses this one's identity"
+    with fake_daemon(tmp_path, {"GET /v1/peers": {**answers.PEERS, "conflict": said}}):
+        assert said in confidant(tmp_path, "peers").stdout
+
+
+def test_a_plan_explains_itself(tmp_path: Path) -> None:
+    text = shown(tmp_path, "plan")
+    for part in (
+        "0-3",
+        "4-11",
+        "embedding",
+        "head",
+        "300 MB",
+        "2.0 GB",
+        "12.5 s",
+        "3 MB",
+        "400 ms",
+    ):
+        assert part in text
+    assert "left out cccccccc: it has 40 MB free, a layer needs 95 MB" in " ".join(text.split())
+    assert "1.7 s a step" in text
+    assert "602 tokens/s" in text
+
+
+def test_plan_sends_the_options_that_were_given(tmp_path: Path) -> None:
+    with fake_daemon(tmp_path, {"POST /v1/plan": answers.PLAN}) as daemon:
+        confidant(
+            tmp_path, "plan", "small", "--method", "lora", "--rank", "4", "--batch-size", "16",
+            "--devices", "anna, ben", "--target-modules", "q_proj,v_proj",
+        )  # fmt: skip
+        confidant(tmp_path, "plan", "/models/small", "--generate")
+    lora = {
+        "method": "lora", "rank": 4, "batch_size": 16, "devices": ["anna", "ben"],
+        "target_modules": ["q_proj", "v_proj"],
+    }  # fmt: skip
+    here = str(Path("small").absolute())
+    assert [request.body for request in daemon.requests] == [
+        {"model": here, "objective": "train", "options": lora},
+        {"model": "/models/small", "objective": "generate", "options": {}},
+    ]
+
+
+def test_no_jobs(tmp_path: Path) -> None:
+    with fake_daemon(tmp_path, {"GET /v1/jobs": {"jobs": []}}):
+        assert "no jobs" in confidant(tmp_path, "jobs").stdout
+
+
+def test_home_and_json_before_the_command(tmp_path: Path) -> None:
+    with fake_daemon(tmp_path, {"GET /v1/members": answers.MEMBERS}):
+        done = confidant(Path("/nowhere"), "--json", "members", "--home", str(tmp_path), "list")
+        assert done.returncode == 1  # the last --home is the one that counts
+        assert json.loads(done.stdout)["error"]["code"] == "daemon-not-running"
+
+
+def test_certificates_go_from_device_to_device_as_files(tmp_path: Path) -> None:
+    pem = tmp_path / "anna.pem"
+    added = {"id": answers.BEN, "short_id": "BBBB-CCCC-DD", "name": ""}
+    routes = {
+        "GET /v1/certificate": answers.CERTIFICATE,
+        "POST /v1/members": added,
+        "DELETE /v1/members/ben%20b": added,
+    }
+    home = tmp_path / "home"
+    with fake_daemon(home, routes) as daemon:
+        assert confidant(home, "members", "export").stdout == answers.CERTIFICATE["pem"]
+        assert "AAAA-BBBB-CC" in confidant(home, "members", "export", str(pem)).stdout
+        assert "BBBB-CCCC-DD" in confidant(home, "members", "add", str(pem)).stdout
+        twice = confidant(home, "members", "add", str(pem), str(pem), "--json")
+        assert json.loads(twice.stdout) == {"members": [added, added]}
+        assert "removed BBBB-CCCC-DD" in confidant(home, "remove", "ben b").stdout
+    assert pem.read_text() == answers.CERTIFICATE["pem"]
+    sent = Request("POST", "/v1/members", {"pem": answers.CERTIFICATE["pem"]})
+    assert daemon.requests.count(sent) == 3
+
+
+def test_jobs_are_cancelled_and_resumed_by_id(tmp_path: Path) -> None:
+    routes = {
+        "POST /v1/jobs/0123/cancel": {"job": "0123"},
+        "POST /v1/jobs/0123/resume": {"job": "0123"},
+    }
+    with fake_daemon(tmp_path, routes):
+        assert confidant(tmp_path, "jobs", "cancel", "0123").stdout == "cancelled 0123\n"
+        assert confidant(tmp_path, "jobs", "resume", "0123").stdout == "resumed 0123\n"
