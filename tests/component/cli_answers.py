@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 ANNA, BEN, CLEO = "a" * 64, "b" * 64, "c" * 64
-HOSTILE = "evil\x1b[2J\r[red]name[/red]\u202e"
+HOSTILE = "[red]x\x1b[2J\r\u202eevil"
 
 STATUS: dict[str, Any] = {
     "device": {"id": ANNA, "short_id": "AAAA-BBBB-CC", "name": "anna"},
