@@ -26,16 +26,21 @@ class StreamDecoder:
 
     The pieces together are the decoding of prompt and new tokens less that of the
     prompt, special tokens skipped: a tokenizer may join a token with those before it.
+    Where bytes are tokens (SentencePiece), a run of them is one unit to the tokenizer, all
+    of it valid or none, so its text waits for the run's end.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
         self._tokenizer = tokenizer
+        self._byte_tokens = byte_tokens(tokenizer)
         self._ids = list(prompt)
         self._shown = len(self._decode())
 
     def push(self, token: int) -> str:
         """The text that one more token completes."""
         self._ids.append(token)
+        if token in self._byte_tokens:
+            return ""
         text = self._decode()
         if text.endswith(UNFINISHED):
             return ""
@@ -51,6 +56,15 @@ class StreamDecoder:
 
     def _decode(self) -> str:
         return str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+
+
+def byte_tokens(tokenizer: Tokenizer) -> frozenset[int]:
+    """Ids of the tokens `<0x00>` to `<0xFF>`, where the tokenizer decodes them to bytes."""
+    ids = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+    letter = ids[ord("A")]
+    if letter is None or tokenizer.decode([letter]) != "A":
+        return frozenset()
+    return frozenset(token for token in ids if token is not None)
 
 
 class TextServer:
