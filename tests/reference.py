@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, get_scheduler
+from transformers.utils import logging as transformers_logging
 
+transformers_logging.disable_progress_bar()  # its monitor thread would outlive the test
 MODELS = Path(__file__).resolve().parents[2] / "shared" / "models"
 
 
