@@ -1,0 +1,175 @@
+"""Jobs that are watched, cancelled, or lose a part: each ends with a clear word and leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.e2e.devices import Device, swarm, wait_until
+from tests.e2e.small_models import TEXT, Small, make_small
+
+RUNNING_SECONDS = 90.0
+END_SECONDS = 30.0
+ENDLESS = "100000"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    """A small random Llama."""
+    return make_small("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def devices(tmp_path: Path) -> Iterator[list[Device]]:
+    """Two daemons."""
+    with swarm(tmp_path / "swarm", 2) as found:
+        yield found
+
+
+def start(owner: Device, small: Small, output: Path, steps: str = ENDLESS) -> str:
+    """Start a detached job over both devices; its id."""
+    answer = owner.json(
+        "train", str(small.folder), "--data", str(TEXT), "--output", str(output),
+        "--steps", steps, "--batch-size", "4", "--sequence-length", "32", "--detach",
+        "--devices", "anna,ben",
+    )  # fmt: skip
+    return str(answer["job"])
+
+
+def record(owner: Device, job: str) -> dict[str, Any]:
+    """What `jobs show` says."""
+    found: dict[str, Any] = owner.json("jobs", "show", job)
+    return found
+
+
+def wait_for_steps(owner: Device, job: str) -> None:
+    """Until the job has done some steps."""
+    wait_until(
+        lambda: record(owner, job)["step"] > 2 or record(owner, job)["state"] == "failed",
+        RUNNING_SECONDS,
+        "training",
+    )
+    assert record(owner, job)["state"] == "running", record(owner, job)
+
+
+def workers(device: Device) -> list[psutil.Process]:
+    """The worker processes of a daemon."""
+    return [
+        child
+        for child in psutil.Process(device.pid).children(recursive=True)
+        if "confidantd.worker" in child.cmdline()
+    ]
+
+
+def wait_for_no_workers(*devices: Device) -> None:
+    """Until no daemon has a worker any more."""
+    wait_until(lambda: not any(workers(d) for d in devices), END_SECONDS, "workers gone")
+
+
+def test_a_job_is_listed_watched_and_cancelled(
+    devices: list[Device], small: Small, tmp_path: Path
+) -> None:
+    owner = devices[0]
+    job = start(owner, small, tmp_path / "out")
+    wait_for_steps(owner, job)
+    listed = owner.json("jobs")["jobs"]
+    assert [(j["id"], j["kind"], j["state"]) for j in listed] == [(job, "train", "running")]
+    assert sorted(listed[0]["devices"]) == ["anna", "ben"]
+    watcher = subprocess.Popen(
+        owner.cli_command("jobs", "watch", job, "--json"), stdout=subprocess.PIPE, text=True,
+        env=owner.environment(),
+    )  # fmt: skip
+    owner.json("jobs", "cancel", job)
+    lines, _ = watcher.communicate(timeout=END_SECONDS)
+    events = [json.loads(line) for line in lines.splitlines()]
+    assert watcher.returncode == 1
+    assert events[-1]["event"] == "failed"
+    assert events[-1]["code"] == "cancelled"
+    assert {"plan", "step"} <= {event["event"] for event in events}
+    assert record(owner, job)["state"] == "cancelled"
+    wait_for_no_workers(*devices)
+    assert not (tmp_path / "out").exists()
+    assert owner.json("status")["memory"]["granted_bytes"] == 0
+
+
+def test_a_killed_worker_fails_the_job_with_its_reason(
+    devices: list[Device], small: Small, tmp_path: Path
+) -> None:
+    owner, other = devices
+    job = start(owner, small, tmp_path / "out")
+    wait_for_steps(owner, job)
+    workers(other)[0].kill()
+    wait_until(lambda: record(owner, job)["state"] == "failed", END_SECONDS, "failure")
+    assert record(owner, job)["message"]
+    wait_for_no_workers(*devices)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_lost_device_is_named(devices: list[Device], small: Small, tmp_path: Path) -> None:
+    owner, other = devices
+    job = start(owner, small, tmp_path / "out")
+    wait_for_steps(owner, job)
+    orphans = workers(other)
+    other.kill()
+    wait_until(lambda: record(owner, job)["state"] == "failed", END_SECONDS, "failure")
+    psutil.wait_procs(orphans, END_SECONDS)
+    assert not [orphan for orphan in orphans if orphan.is_running()]
+    wait_for_no_workers(owner)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_lost_owner_frees_its_stages(
+    devices: list[Device], small: Small, tmp_path: Path
+) -> None:
+    owner, other = devices
+    job = start(owner, small, tmp_path / "out")
+    wait_for_steps(owner, job)
+    owner.kill()
+    wait_for_no_workers(other)
+    wait_until(
+        lambda: other.json("status")["memory"]["granted_bytes"] == 0, END_SECONDS, "memory freed"
+    )
+    owner.start()
+    assert record(owner, job)["state"] == "failed"
+    assert "daemon" in record(owner, job)["message"]
+
+
+def test_a_daemon_that_stops_ends_its_job_and_workers(
+    devices: list[Device], small: Small, tmp_path: Path
+) -> None:
+    owner, other = devices
+    job = start(owner, small, tmp_path / "out")
+    wait_for_steps(owner, job)
+    children = workers(owner)
+    assert owner.stop() == 0
+    assert not [child for child in children if child.is_running()]
+    assert not (owner.home / "control.sock").exists()
+    wait_for_no_workers(other)
+
+
+def test_records_data_and_evaluation(devices: list[Device], small: Small, tmp_path: Path) -> None:
+    records = tmp_path / "data.jsonl"
+    lines = [line for line in TEXT.read_text().splitlines() if line]
+    records.write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    events = devices[0].events(
+        "train", str(small.folder), "--data", str(records), "--output", str(tmp_path / "out"),
+        "--epochs", "1", "--batch-size", "4", "--sequence-length", "32", "--eval-data", str(TEXT),
+        "--eval-every", "5", "--learning-rate", "1e-3", "--seed", "3",
+    )  # fmt: skip
+    assert events[-1]["event"] == "done", events[-1]
+    steps = [event["step"] for event in events if event["event"] == "step"]
+    tokens = len("\0".join(lines))
+    assert len(steps) == tokens // 32 // 4
+    evaluated = [event["step"] for event in events if event["event"] == "eval"]
+    assert evaluated == [0, *range(5, len(steps), 5), len(steps)]
+    losses = [event["loss"] for event in events if event["event"] == "eval"]
+    assert losses[-1] < losses[0]
+    kept = [path.name for path in (devices[0].home / "jobs").rglob("tokens.bin")]
+    assert not kept, "tokens of the user's text outlive the job"
+    assert not list((devices[0].home / "store").rglob("*.part"))
