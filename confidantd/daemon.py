@@ -53,6 +53,7 @@ class Daemon:
         home = config.home
         self._threads = config.threads or usable_cores()
         self._gflops = 0.0
+        self._granted = asyncio.Event()  # what is granted to jobs has changed
         self._identity = load_or_create(home)
         self._trust = TrustStore(home)
         store = BlobStore(home / "store")
@@ -73,6 +74,7 @@ class Daemon:
             self._threads,
             lambda: self._resources().available_bytes,
             self._host_of,
+            self._granted.set,
         )
         self._router = PipelineRouter(peers)
         services = JobServices(
@@ -137,7 +139,10 @@ class Daemon:
     async def _keep_resources(self) -> None:
         while True:
             self._swarm.set_resources(await asyncio.to_thread(self._resources))
-            await asyncio.sleep(RESOURCES_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RESOURCES_SECONDS):
+                    await self._granted.wait()
+            self._granted.clear()
 
     def _resources(self) -> Resources:
         return self._resources_of(self._host.granted_bytes())

@@ -67,6 +67,7 @@ class HeldStage:
     expires: float
     process: WorkerProcess | None = None
     started: dict[type[Event], asyncio.Future[Event]] = field(default_factory=dict)
+    trained: list[Digest] = field(default_factory=list)
 
 
 class StageHost:
@@ -81,6 +82,7 @@ class StageHost:
         threads: int,
         available_bytes: Callable[[], int],
         address_of: Callable[[DeviceId], str | None],
+        granted: Callable[[], None],
     ) -> None:
         self._peers = peers
         self._store = store
@@ -89,6 +91,7 @@ class StageHost:
         self._threads = threads
         self._available_bytes = available_bytes
         self._address_of = address_of
+        self._grants_changed = granted
         self._held: dict[JobId, HeldStage] = {}
         self._epochs: dict[JobId, int] = {}
         self._tasks = TaskSet("stages")
@@ -136,6 +139,7 @@ class StageHost:
         self._epochs[offer.job] = offer.epoch
         now = asyncio.get_running_loop().time()
         self._held[offer.job] = HeldStage(offer, now + OFFER_SECONDS)
+        self._grants_changed()
         return to_map(OfferAnswer(True, free))
 
     async def _start(self, owner: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
@@ -214,7 +218,7 @@ class StageHost:
             if isinstance(event, Failed) and self._fail_start(held, event):
                 continue
             if isinstance(event, Collected):
-                event = await self._store_trained(event)
+                event = await self._store_trained(held, event)
             message = StageEvent(
                 assignment.job, assignment.epoch, assignment.stage, message_map(event)
             )
@@ -228,10 +232,12 @@ class StageHost:
             future.exception()  # a second waiter may never look: not worth a warning
         return bool(waiting)
 
-    async def _store_trained(self, collected: Collected) -> Collected:
+    async def _store_trained(self, held: HeldStage, collected: Collected) -> Collected:
+        """Trained tensors become blobs, for the owner to fetch until the stage is released."""
         tensors = []
         for tensor in collected.tensors:
             digest = await asyncio.to_thread(self._store.put_file, Path(tensor.path))
+            held.trained.append(digest)
             tensors.append(replace(tensor, path="", digest=digest))
         return replace(collected, tensors=tuple(tensors))
 
@@ -279,6 +285,9 @@ class StageHost:
         held = self._held.pop(job, None)
         if held is not None and held.process is not None:
             await asyncio.shield(held.process.stop())
+        for digest in held.trained if held is not None else ():
+            await asyncio.to_thread(self._store.remove, digest)
+        self._grants_changed()
         folder = self._home / "jobs" / job / "trained"
         with contextlib.suppress(OSError):
             await asyncio.to_thread(_remove_folder, folder)

@@ -105,7 +105,10 @@ class TrainJob:
     ) -> None:
         emit_progress(self._log, "save", 0, 1)
         tensors, peaks = await self._collect(launched)
-        await asyncio.to_thread(self._write, workload, tensors)
+        try:
+            await asyncio.to_thread(self._write, workload, tensors)
+        finally:
+            await asyncio.to_thread(self._forget, tensors)
         emit_progress(self._log, "save", 1, 1)
         busy = progress.busy_fractions()
         self._log.emit(
@@ -148,6 +151,12 @@ class TrainJob:
         if not tensors:
             raise WorkerError("no stage returned a trained tensor")
         return tensors, peaks
+
+    def _forget(self, tensors: dict[str, TrainedTensor]) -> None:
+        """The output holds the tensors now: their blobs would only fill the disk."""
+        for tensor in tensors.values():
+            if tensor.digest is not None:
+                self._services.store.remove(tensor.digest)
 
     def _write(self, workload: Workload, tensors: dict[str, TrainedTensor]) -> None:
         output, store = check_output(self._options.output), self._services.store
