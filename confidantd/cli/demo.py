@@ -26,9 +26,9 @@ from confidantd.cli.output import cell, console, print_error, print_json
 from confidantd.cli.training import watch_job
 from confidantd.errors import ConfidantError, PeerLostError, from_wire
 
-PROMPT = "The phone "
+PROMPT = "The phone"
 NAMES = ("laptop", "phone", "board")
-STEPS, BATCH, SEQUENCE, RATE = 60, 8, 64, 3e-3
+STEPS, BATCH, SEQUENCE, RATE = 180, 8, 64, 6e-3
 NEW_TOKENS = 80
 READY_SECONDS = 30.0
 MEET_SECONDS = 30.0

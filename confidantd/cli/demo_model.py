@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from confidantd.models.safetensors import Piece, write_file
 
-HIDDEN, LAYERS, HEADS, KV_HEADS, COLUMNS = 128, 6, 4, 2, 344
+HIDDEN, LAYERS, HEADS, KV_HEADS, COLUMNS = 64, 6, 4, 2, 172
 MAX_POSITIONS = 256
 END_OF_TEXT = "<|endoftext|>"
 INITIAL_DEVIATION = 0.02  # as transformers initialises a Llama
