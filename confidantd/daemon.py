@@ -75,6 +75,7 @@ class Daemon:
             lambda: self._resources().available_bytes,
             self._host_of,
             self._granted.set,
+            self._coordinator_id,
         )
         self._router = PipelineRouter(peers)
         services = JobServices(
@@ -158,6 +159,10 @@ class Daemon:
     def _host_of(self, device: DeviceId) -> str | None:
         address = self._network.address(device)
         return address[0] if address else None
+
+    def _coordinator_id(self) -> DeviceId | None:
+        coordinator = self._swarm.coordinator()
+        return None if coordinator is None else coordinator.id
 
     def _device_lost(self, device: DeviceId) -> None:
         names = {peer.id: peer.name for peer in self._swarm.peers()}

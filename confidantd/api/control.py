@@ -34,9 +34,7 @@ class ControlApi:
 
     async def start(self) -> None:
         """Open the socket."""
-        app = web.Application(
-            middlewares=[_errors_as_json], client_max_size=MAX_REQUEST_BYTES
-        )
+        app = web.Application(middlewares=[_errors_as_json], client_max_size=MAX_REQUEST_BYTES)
         app.add_routes(self._routes())
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_SECONDS)
         await self._runner.setup()
@@ -150,7 +148,7 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
         )
     except (web.HTTPException, asyncio.CancelledError, ConnectionError):
         raise
-    except Exception:
+    except Exception:  # noqa: BLE001 - logged whole, answered in one line
         # The last line of defence: the user sees one line, the log has the whole story.
         _log.exception("%s %s failed", request.method, request.path)
         return _failure(ConfidantError("an internal error", "see the daemon's log"), 500)

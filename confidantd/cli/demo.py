@@ -40,13 +40,22 @@ def run_demo(folder: Path | None, *, as_json: bool) -> int:
     """Run the demo in `folder` (default: a new temporary one); gives the exit status."""
     place = folder or Path(tempfile.mkdtemp(prefix="confidant-demo-"))
     try:
-        asyncio.run(_Demo(place.absolute(), as_json=as_json).run())
+        asyncio.run(_until_ended(_Demo(place.absolute(), as_json=as_json)))
     except ConfidantError as failure:
         print_error(failure, as_json=as_json)
         return 1
+    except asyncio.CancelledError:
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return 0
+
+
+async def _until_ended(demo: _Demo) -> None:
+    """Run the demo; SIGTERM ends it as Ctrl-C does, with everything stopped."""
+    running = asyncio.ensure_future(demo.run())
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)
+    await running
 
 
 @dataclass(slots=True)
@@ -80,8 +89,8 @@ class _Demo:
             await self._pair()
             await self._meet()
             result = await self._train()
-            text = await self._generate()
-            await self._report(result, text)
+            await self._generate()
+            self._report(result)
         finally:
             await asyncio.shield(self._stop_all())
 
@@ -182,7 +191,7 @@ class _Demo:
             "output": events[-1]["output"],
         }
 
-    async def _generate(self) -> str:
+    async def _generate(self) -> None:
         self._say(f'generating with the result, after "{PROMPT.strip()}":')
         request = {
             "model": str(self.folder / "tuned"),
@@ -192,9 +201,9 @@ class _Demo:
         }
         async with Client(self.devices[0].home) as client:
             await run_generation(client, request, as_json=self.as_json)
-            return ""
 
-    async def _report(self, result: dict[str, Any], _text: str) -> None:
+    def _report(self, result: dict[str, Any]) -> None:
+        """The table at the end; an error if nothing was learnt."""
         if self.as_json:
             print_json({"event": "demo", **result})
             return

@@ -105,9 +105,7 @@ class Coordinator:
         return current.term
 
 
-def _offer_of(
-    request: PlanRequest, plan: Plan, index: int, owner: DeviceId, term: int
-) -> Offer:
+def _offer_of(request: PlanRequest, plan: Plan, index: int, owner: DeviceId, term: int) -> Offer:
     stage = plan.stages[index]
     return Offer(
         job=request.job,

@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from confidantd.errors import OutputError
 from confidantd.ids import Digest
@@ -88,7 +87,7 @@ class _Folder:
             raise self._failure(failure) from None
         return self._new
 
-    def __exit__(self, kind: Any, failure: BaseException | None, _trace: Any) -> None:
+    def __exit__(self, _kind: object, failure: BaseException | None, _trace: object) -> None:
         try:
             if failure is None:
                 if self._output.is_dir():

@@ -74,8 +74,6 @@ class Peers:
         self._listeners[topic](self.self_id, dict(params))
         return True
 
-    async def read_blob(
-        self, device: DeviceId, digest: Digest, offset: int, length: int
-    ) -> bytes:
+    async def read_blob(self, device: DeviceId, digest: Digest, offset: int, length: int) -> bytes:
         """A range of a blob that another device serves."""
         return await self._transport.read_blob(device, digest, offset, length)

@@ -113,8 +113,9 @@ class Pipeline:
     def put(self, stage: int, event: Event) -> None:
         """Take an event of a stage; a `Failed` ends every wait."""
         if isinstance(event, Failed):
-            self._fail(from_wire({"code": event.code, "message": event.message,
-                                  "hint": event.hint}))
+            self._fail(
+                from_wire({"code": event.code, "message": event.message, "hint": event.hint})
+            )
             return
         try:
             self._events.put_nowait((stage, event))

@@ -29,9 +29,7 @@ Progress = Callable[[str, int, int], None]
 class Programs:
     """Compiles, caches and serves programs."""
 
-    def __init__(
-        self, peers: Peers, store: BlobStore, home: Path, *, can_compile: bool
-    ) -> None:
+    def __init__(self, peers: Peers, store: BlobStore, home: Path, *, can_compile: bool) -> None:
         self._peers = peers
         self._store = store
         self._home = home
@@ -59,9 +57,7 @@ class Programs:
             )
         return await self._compile_at(compilers[0], request, progress)
 
-    async def _compile_for_peer(
-        self, _device: DeviceId, params: dict[str, Any]
-    ) -> dict[str, Any]:
+    async def _compile_for_peer(self, _device: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
         request = from_map(ProgramRequest, params)
         programs = await self.get(request, (), lambda *_: None)
         return to_map(Compiled(programs))

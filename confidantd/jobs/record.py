@@ -52,7 +52,8 @@ class JobLog:
         """Add an event and wake the watchers."""
         last = self._events[-1] if self._events else {}
         same_phase = event.get("event") == "progress" and (
-            last.get("event"), last.get("phase")
+            last.get("event"),
+            last.get("phase"),
         ) == ("progress", event.get("phase"))
         if same_phase:
             self._events[-1] = event

@@ -106,9 +106,7 @@ def train_workload(options: TrainOptions | PlanOptions) -> Workload:
     )
 
 
-def generate_workload(
-    options: GenerateOptions | PlanOptions, prompt_tokens: int = 0
-) -> Workload:
+def generate_workload(options: GenerateOptions | PlanOptions, prompt_tokens: int = 0) -> Workload:
     """Read the model and the adapter; room for prompt and new tokens is `sequence_length`."""
     model = read_model(model_folder(options.model))
     lora: LoraSpec | None = None

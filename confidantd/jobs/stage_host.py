@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from confidantd.errors import (
-    ConfidantError,
     PeerLostError,
     ProtocolError,
     StaleEpochError,
@@ -40,7 +39,6 @@ from confidantd.wire.worker import (
     Collected,
     Command,
     Connect,
-    Connected,
     Event,
     Failed,
     Listening,
@@ -53,7 +51,7 @@ from confidantd.wire.worker import (
 
 _log = logging.getLogger(__name__)
 
-OFFER_SECONDS = 600.0  # a granted offer that is never started is forgotten (compiling comes between)
+OFFER_SECONDS = 120.0  # a granted offer that is not started by then is forgotten
 LOAD_SECONDS = 300.0  # a phone reads a 1 GB stage from its flash in about a minute
 PARALLEL_FETCHES = 4
 EVENT_QUEUE = 256
@@ -83,6 +81,7 @@ class StageHost:
         available_bytes: Callable[[], int],
         address_of: Callable[[DeviceId], str | None],
         granted: Callable[[], None],
+        coordinator: Callable[[], DeviceId | None],
     ) -> None:
         self._peers = peers
         self._store = store
@@ -92,6 +91,7 @@ class StageHost:
         self._available_bytes = available_bytes
         self._address_of = address_of
         self._grants_changed = granted
+        self._coordinator = coordinator
         self._held: dict[JobId, HeldStage] = {}
         self._epochs: dict[JobId, int] = {}
         self._tasks = TaskSet("stages")
@@ -130,6 +130,8 @@ class StageHost:
     async def _offer(self, coordinator: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
         offer = from_map(Offer, params)
         self._forget_expired()
+        if coordinator != self._coordinator():
+            return to_map(OfferAnswer(False, 0, "it follows another coordinator"))
         if offer.epoch < self._epochs.get(offer.job, 0):
             raise StaleEpochError(f"job {offer.job} is already in a later epoch here")
         held = self._held.get(offer.job)
@@ -218,9 +220,11 @@ class StageHost:
             if isinstance(event, Failed) and self._fail_start(held, event):
                 continue
             if isinstance(event, Collected):
-                event = await self._store_trained(held, event)
+                told: Event = await self._store_trained(held, event)
+            else:
+                told = event
             message = StageEvent(
-                assignment.job, assignment.epoch, assignment.stage, message_map(event)
+                assignment.job, assignment.epoch, assignment.stage, message_map(told)
             )
             await self._peers.notify(held.offer.owner, "stage.event", to_map(message))
 
@@ -302,9 +306,7 @@ class StageHost:
 class _FetchProgress:
     """Tells the owner how many bytes of a stage have arrived, at every tenth."""
 
-    def __init__(
-        self, peers: Peers, owner: DeviceId, assignment: StageAssignment, of: int
-    ) -> None:
+    def __init__(self, peers: Peers, owner: DeviceId, assignment: StageAssignment, of: int) -> None:
         self._peers = peers
         self._owner = owner
         self._assignment = assignment
@@ -331,5 +333,3 @@ def _remove_folder(folder: Path) -> None:
     for path in folder.iterdir():
         path.unlink()
     folder.rmdir()
-
-

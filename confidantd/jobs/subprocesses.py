@@ -48,8 +48,14 @@ async def run_module(
     if error is not None:
         raise from_wire(error)
     if status != 0:
-        lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
-        raise failure(f"{module} ended with status {status} ({lines[-1][:200]})", f"see {log}")
+        line = await asyncio.to_thread(last_line, log)
+        raise failure(f"{module} ended with status {status} ({line})", f"see {log}")
+
+
+def last_line(log: Path) -> str:
+    """The end of what a subprocess wrote, cut to fit a message."""
+    lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
+    return lines[-1][:200]
 
 
 async def _read_lines(

@@ -82,9 +82,7 @@ class TrainJob:
             DataError,
         )
 
-    async def _train(
-        self, launched: Launched, course: Course, blocks: TokenBlocks
-    ) -> StepProgress:
+    async def _train(self, launched: Launched, course: Course, blocks: TokenBlocks) -> StepProgress:
         self._log.record.state = "running"
         feeder = Feeder(launched, course, blocks, self._log.folder / "eval", self._options)
         progress = StepProgress(launched, course, self._log)
@@ -100,9 +98,7 @@ class TrainJob:
                     self._log.emit({"event": "eval", "step": loss[0], "loss": loss[1]})
         return progress
 
-    async def _finish(
-        self, launched: Launched, workload: Workload, progress: StepProgress
-    ) -> None:
+    async def _finish(self, launched: Launched, workload: Workload, progress: StepProgress) -> None:
         emit_progress(self._log, "save", 0, 1)
         tensors, peaks = await self._collect(launched)
         try:
@@ -131,9 +127,7 @@ class TrainJob:
             }
         )
 
-    async def _collect(
-        self, launched: Launched
-    ) -> tuple[dict[str, TrainedTensor], dict[int, int]]:
+    async def _collect(self, launched: Launched) -> tuple[dict[str, TrainedTensor], dict[int, int]]:
         """Trained tensors by name, fetched and verified, and each stage's peak memory."""
         pipeline = launched.pipeline
         await pipeline.broadcast(Collect())

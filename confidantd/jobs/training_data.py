@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 from pathlib import Path
+from typing import Self
 
 TOKEN_BYTES = 4
 IGNORED_LABEL = (-100).to_bytes(TOKEN_BYTES, "little", signed=True)
@@ -22,7 +23,7 @@ class TokenBlocks:
         with (folder / "tokens.bin").open("rb") as file:
             self._tokens = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
-    def __enter__(self) -> TokenBlocks:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

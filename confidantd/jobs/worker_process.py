@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from confidantd.errors import WorkerError
+from confidantd.jobs.subprocesses import last_line
 from confidantd.wire.worker import (
     LENGTH,
     MAX_PIPE_BYTES,
@@ -98,5 +99,4 @@ class WorkerProcess:
             return "the worker was killed, most likely because the device ran out of memory"
         if status < 0:
             return f"the worker was ended by signal {-status}"
-        lines = self._log.read_text(errors="replace").strip().splitlines()
-        return f"the worker ended with status {status}" + (f" ({lines[-1][:200]})" if lines else "")
+        return f"the worker ended with status {status} ({last_line(self._log)})"

@@ -66,7 +66,8 @@ def best_partition(
         if layers is None:
             continue
         found = Partition(order, layers, predicted_seconds(work, order, layers))
-        if best is None or _cost_with_text(found, owner) < _cost_with_text(best, owner) * (1 - 1e-9):
+        cost = _cost_with_text(found, owner)
+        if best is None or cost < _cost_with_text(best, owner) * (1 - 1e-9):
             best = found
     return best
 
@@ -92,9 +93,7 @@ def link_seconds(work: Workload, first: PlanDevice, second: PlanDevice) -> float
     return 8 * work.activation_bytes / (mbps * 1e6) + latency
 
 
-def predicted_seconds(
-    work: Workload, order: Sequence[PlanDevice], layers: Sequence[int]
-) -> float:
+def predicted_seconds(work: Workload, order: Sequence[PlanDevice], layers: Sequence[int]) -> float:
     """Step time: fill and drain once, then the bottleneck for every further microbatch."""
     last = len(order) - 1
     stages = [
@@ -111,7 +110,10 @@ def predicted_seconds(
 
 
 def split_layers(work: Workload, order: Sequence[PlanDevice]) -> tuple[int, ...] | None:
-    """Layers of each device, at least one each, with the least bottleneck (or sum); None: no fit."""
+    """Layers of each device, at least one each, with the least bottleneck (or sum).
+
+    None if no split fits.
+    """
     stages, layers = len(order), work.layers
     join: Callable[[float, float], float] = max if work.method else operator.add
     # best[n]: least cost of the first n layers on the devices so far, and their counts
@@ -138,9 +140,7 @@ def split_layers(work: Workload, order: Sequence[PlanDevice]) -> tuple[int, ...]
 def _cost(work: Workload, device: PlanDevice, layers: int, stage: int, stages: int) -> float:
     """Seconds of a stage, infinite where it does not fit."""
     head = stage == stages - 1
-    memory = stage_memory(
-        work, layers, embedding=stage == 0, head=head, stage=stage, stages=stages
-    )
+    memory = stage_memory(work, layers, embedding=stage == 0, head=head, stage=stage, stages=stages)
     if memory.total > device.available_bytes:
         return math.inf
     return stage_seconds(work, device, layers, head=head)

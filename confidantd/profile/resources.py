@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from pathlib import Path
@@ -115,11 +116,7 @@ def _limits_up(root: Path, path: str, limit: str, used: str) -> list[tuple[int, 
     folder = root / path.lstrip("/")
     found = []
     while folder.is_relative_to(root):
-        try:
-            found.append(
-                (int((folder / limit).read_text()), int((folder / used).read_text()))
-            )
-        except (OSError, ValueError):
-            pass  # `max`, or a level that does not exist in this namespace
+        with contextlib.suppress(OSError, ValueError):  # `max`, or no such level in this namespace
+            found.append((int((folder / limit).read_text()), int((folder / used).read_text())))
         folder = folder.parent
     return found

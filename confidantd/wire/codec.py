@@ -27,7 +27,7 @@ _T = TypeVar("_T")
 
 def pack(fields: Mapping[str, Any]) -> bytes:
     """A msgpack map."""
-    return typing.cast(bytes, msgpack.packb(fields, use_bin_type=True))
+    return typing.cast("bytes", msgpack.packb(fields, use_bin_type=True))
 
 
 def unpack(data: bytes | memoryview, *, max_bytes: int = MAX_MESSAGE_BYTES) -> dict[str, Any]:
@@ -66,12 +66,12 @@ def from_map(cls: type[_T], fields: Any, _depth: int = 0) -> _T:
         raise ProtocolError(f"{cls.__name__}: expected a map")
     if _depth > _MAX_DEPTH:
         raise ProtocolError(f"{cls.__name__}: nested too deeply")
-    hints = _hints(typing.cast(Any, cls))
+    hints = _hints(typing.cast("Any", cls))
     unknown = set(fields) - set(hints)
     if unknown:
         raise ProtocolError(f"{cls.__name__}: unknown field {min(map(str, unknown))[:40]!r}")
     values = {}
-    for field in dataclasses.fields(typing.cast(Any, cls)):
+    for field in dataclasses.fields(typing.cast("Any", cls)):
         if field.name in fields:
             where = f"{cls.__name__}.{field.name}"
             values[field.name] = _typed(hints[field.name], fields[field.name], where, _depth + 1)
@@ -86,8 +86,7 @@ def _hints(cls: Any) -> dict[str, Any]:
 
 
 def _typed(hint: Any, value: Any, where: str, depth: int) -> Any:
-    while isinstance(hint, typing.NewType):
-        hint = hint.__supertype__
+    hint = _without_newtype(hint)
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         return _one_of(typing.get_args(hint), value, where, depth)
@@ -96,20 +95,37 @@ def _typed(hint: Any, value: Any, where: str, depth: int) -> Any:
             return value
     elif origin is tuple:
         return _tuple(typing.get_args(hint), value, where, depth)
-    elif origin in (dict, Mapping):
-        if isinstance(value, Mapping):
-            key_hint, item_hint = typing.get_args(hint)
-            return {
-                _typed(key_hint, key, where, depth + 1): _typed(item_hint, item, where, depth + 1)
-                for key, item in value.items()
-            }
+    elif origin is dict and isinstance(value, Mapping):
+        return _dict(typing.get_args(hint), value, where, depth)
+    elif isinstance(hint, type):
+        return _plain_type(hint, value, where, depth)
     elif hint is Any:
         return value
-    elif dataclasses.is_dataclass(hint):
-        return from_map(typing.cast(type[Any], hint), value, depth)
-    elif isinstance(hint, type):
-        return _scalar(hint, value, where)
     raise ProtocolError(f"{where}: wrong value")
+
+
+def _without_newtype(hint: Any) -> Any:
+    while isinstance(hint, typing.NewType):
+        hint = hint.__supertype__
+    return hint
+
+
+def _dict(
+    hints: tuple[Any, ...], value: Mapping[Any, Any], where: str, depth: int
+) -> dict[Any, Any]:
+    key_hint, item_hint = hints
+    return {
+        _typed(key_hint, key, where, depth + 1): _typed(item_hint, item, where, depth + 1)
+        for key, item in value.items()
+    }
+
+
+def _plain_type(hint: type[Any], value: Any, where: str, depth: int) -> Any:
+    if hint is Any:  # a class since Python 3.11
+        return value
+    if dataclasses.is_dataclass(hint):
+        return from_map(hint, value, depth)
+    return _scalar(hint, value, where)
 
 
 def _scalar(hint: type[Any], value: Any, where: str) -> Any:

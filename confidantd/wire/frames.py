@@ -31,7 +31,7 @@ class FrameKind(enum.Enum):
     SQUARE_SUM = "square-sum"  # partial squared gradient norm, towards stage 0
     SQUARE_TOTAL = "square-total"  # the whole squared norm, from stage 0 on
     HIDDEN = "hidden"  # generation, [1, T, D]
-    TOKEN = "token"  # generation, the chosen token, from the head to stage 0
+    TOKEN = "token"  # noqa: S105 - generation, the chosen token, from the head to stage 0
 
 
 @dataclass(frozen=True, slots=True)

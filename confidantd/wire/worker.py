@@ -186,9 +186,7 @@ class Failed:
 
 
 Command = Load | Connect | TrainStep | Evaluate | Decode | Collect | Stop
-Event = (
-    Listening | Loaded | Connected | StepDone | Evaluated | Token | Collected | Failed
-)
+Event = Listening | Loaded | Connected | StepDone | Evaluated | Token | Collected | Failed
 _COMMANDS: dict[str, type[Command]] = {
     c.__name__: c for c in (Load, Connect, TrainStep, Evaluate, Decode, Collect, Stop)
 }

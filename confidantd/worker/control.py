@@ -51,7 +51,7 @@ class ControlPipe:
             return None
 
     def send(self, event: Event) -> None:
-        """Write an event. Events are small and the daemon always reads: this does not block long."""
+        """Write an event: it is small and the daemon always reads, so this blocks for no time."""
         try:
             self._output.write(encode_message(event))
         except BrokenPipeError:

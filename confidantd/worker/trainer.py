@@ -22,9 +22,7 @@ CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm
 class Trainer:
     """Runs training and evaluation steps of one stage, one after the other."""
 
-    def __init__(
-        self, assignment: StageAssignment, stage: TrainStage, exchange: Exchange
-    ) -> None:
+    def __init__(self, assignment: StageAssignment, stage: TrainStage, exchange: Exchange) -> None:
         self._assignment = assignment
         self._stage = stage
         self._exchange = exchange

@@ -163,7 +163,8 @@ def pair(devices: Sequence[Device]) -> None:
         members.mkdir(mode=0o700, exist_ok=True)
         for other in devices:
             if other is not device:
-                shutil.copy(other.home / "identity" / "certificate.pem", members / f"{other.name}.pem")
+                certificate = other.home / "identity" / "certificate.pem"
+                shutil.copy(certificate, members / f"{other.name}.pem")
 
 
 def make_identity(device: Device) -> None:

@@ -1,4 +1,4 @@
-"""Jobs that are watched, cancelled, or lose a part: each ends with a clear word and leaves nothing."""
+"""Jobs that are watched, cancelled, or lose a part: a clear word, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -126,9 +126,7 @@ def test_a_lost_device_is_named(devices: list[Device], small: Small, tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
-def test_a_lost_owner_frees_its_stages(
-    devices: list[Device], small: Small, tmp_path: Path
-) -> None:
+def test_a_lost_owner_frees_its_stages(devices: list[Device], small: Small, tmp_path: Path) -> None:
     owner, other = devices
     job = start(owner, small, tmp_path / "out")
     wait_for_steps(owner, job)
