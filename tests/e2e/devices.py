@@ -67,6 +67,11 @@ class Device:
 
     def start(self) -> Device:
         """Start the daemon and wait for its ready line."""
+        self.launch()
+        return self.wait_until_ready()
+
+    def launch(self) -> None:
+        """Start the daemon."""
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 self.command(),
@@ -75,6 +80,10 @@ class Device:
                 text=True,
                 env=self.environment(),
             )
+
+    def wait_until_ready(self) -> Device:
+        """Wait for the ready line of a daemon that was launched."""
+        assert self.process is not None
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert "ready" in line, f"{self.name} did not start: {self.log.read_text()[-2000:]}"

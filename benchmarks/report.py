@@ -1,0 +1,52 @@
+"""What every benchmark prints: a line per claim, JSON with `--json`, status 1 if one fails."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A measured value against what it shall reach; `at_most`: smaller is better."""
+
+    claim: str
+    value: float
+    reach: float
+    unit: str
+    detail: str = ""
+    at_most: bool = True
+
+    @property
+    def holds(self) -> bool:
+        """Whether the value reaches what was claimed."""
+        return self.value <= self.reach if self.at_most else self.value >= self.reach
+
+
+def options(description: str) -> argparse.Namespace:
+    """`--quick` and `--json`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="under a minute, smaller shapes")
+    parser.add_argument("--json", action="store_true", help="one JSON object a claim")
+    return parser.parse_args()
+
+
+def report(claims: list[Claim], *, as_json: bool) -> int:
+    """Print the claims; gives the exit status."""
+    for claim in claims:
+        if as_json:
+            fields = asdict(claim)
+            del fields["at_most"]
+            print(json.dumps({**fields, "holds": claim.holds}))
+        else:
+            sign = "<=" if claim.at_most else ">="
+            verdict = "holds" if claim.holds else "FAILS"
+            print(
+                f"{verdict}  {claim.claim}: {claim.value:.4g} {claim.unit} "
+                f"({sign} {claim.reach:g})  {claim.detail}"
+            )
+    if not as_json:
+        print(f"machine: {platform.machine()}, Python {platform.python_version()}")
+    return 0 if all(claim.holds for claim in claims) else 1
