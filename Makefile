@@ -23,11 +23,15 @@ lint: $(CHECKERS)
 check: lint test
 
 $(READY): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "make: there is no $(PYTHON): install Python 3.11 or newer (PYTHON=... names another)" >&2; \
+	  exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "make: $(PYTHON) must be Python 3.11 or newer (PYTHON=... names another)" >&2; exit 1; }
-	@test -x $(BIN)/python -a -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { \
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "make: $(PYTHON) cannot make virtual environments (Debian: apt install python3-venv)" >&2; \
 	  exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	@echo "installing into $(VENV): a few minutes the first time"
 	@$(BIN)/pip install --quiet --progress-bar off -e ".[compiler,test]"
 	@touch $@
