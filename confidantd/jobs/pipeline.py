@@ -39,6 +39,7 @@ START_SECONDS = 3_600.0  # distributing a large stage over slow Wi-Fi; progress 
 COMMAND_SECONDS = 60.0
 CONNECT_SECONDS = 60.0
 STOP_SECONDS = 10.0
+LOST_DEVICE_SECONDS = 4.0  # a silent device is known to be gone after about three
 MAX_WAITING_EVENTS = 10_000
 
 Progress = Callable[[StageProgress], None]
@@ -113,14 +114,19 @@ class Pipeline:
     def put(self, stage: int, event: Event) -> None:
         """Take an event of a stage; a `Failed` ends every wait."""
         if isinstance(event, Failed):
-            self._fail(
-                from_wire({"code": event.code, "message": event.message, "hint": event.hint})
-            )
+            self._stage_failed(from_wire(to_map(event)))
             return
         try:
             self._events.put_nowait((stage, event))
         except asyncio.QueueFull:
             self._fail(WorkerError(f"stage {stage} sends more events than its job takes"))
+
+    def _stage_failed(self, failure: ConfidantError) -> None:
+        """A broken link is a symptom: a moment later we know which device is gone."""
+        if isinstance(failure, PeerLostError):
+            asyncio.get_running_loop().call_later(LOST_DEVICE_SECONDS, self._fail, failure)
+        else:
+            self._fail(failure)
 
     def device_lost(self, device: DeviceId, name: str) -> None:
         """The device is gone; if it holds a stage, the pipeline has failed."""
@@ -145,12 +151,21 @@ class Pipeline:
             for index, (placed, task) in enumerate(zip(self._stages, starting, strict=True))
         )
         await self.broadcast(Connect(addresses))
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                await self._all_connected()
+        except TimeoutError:
+            raise PeerLostError(
+                f"the stages did not reach each other within {CONNECT_SECONDS:.0f} s",
+                "check that no firewall stands between the devices",
+            ) from None
+
+    async def _all_connected(self) -> None:
         connected: set[int] = set()
-        async with asyncio.timeout(CONNECT_SECONDS):
-            while len(connected) < len(self._stages):
-                stage, event = await self.next_event()
-                if isinstance(event, Connected):
-                    connected.add(stage)
+        while len(connected) < len(self._stages):
+            stage, event = await self.next_event()
+            if isinstance(event, Connected):
+                connected.add(stage)
 
     async def broadcast(self, command: Command) -> None:
         """Send one command to every stage."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import bisect
 import json
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,9 @@ from confidantd.store.files import write_atomically
 
 State = Literal["planning", "running", "recovering", "done", "failed", "cancelled"]
 FINAL_STATES: tuple[State, ...] = ("done", "failed", "cancelled")
+EVENTS_NAME, RECORD_NAME = "events.jsonl", "job.json"
+MAX_EVENTS = 4_000  # about 1.5 MB; beyond that every second old step is forgotten
+KEPT_EVENTS = 500  # the newest ones always stay
 
 
 @dataclass(slots=True)
@@ -39,26 +43,43 @@ class JobRecord:
 
 
 class JobLog:
-    """A job's record and events; watchers get every event from the first to the last."""
+    """A job's record and events; watchers get every event from the first to the last.
+
+    Who watches from the start misses nothing; who comes late to a long job gets its
+    older steps thinned out. Progress of one phase is one event that changes.
+    """
 
     def __init__(self, record: JobRecord, folder: Path) -> None:
         self.record = record
         self.folder = folder
+        self._numbers: list[int] = []  # of the events that are kept, ascending
         self._events: list[dict[str, Any]] = []
+        self._next = 0
         self._closed = False
+        self._on_disk = False
+        self._saved = False  # with its last event
+        self._followers = 0
         self._changed = asyncio.Event()
+
+    @classmethod
+    def ended(cls, record: JobRecord, folder: Path) -> JobLog:
+        """The log of a job of an earlier run; its events stay on disk until they are asked for."""
+        log = cls(record, folder)
+        log._closed = True
+        log._on_disk = True
+        return log
 
     def emit(self, event: dict[str, Any]) -> None:
         """Add an event and wake the watchers."""
         last = self._events[-1] if self._events else {}
-        same_phase = event.get("event") == "progress" and (
-            last.get("event"),
-            last.get("phase"),
-        ) == ("progress", event.get("phase"))
-        if same_phase:
-            self._events[-1] = event
-        else:
-            self._events.append(event)
+        if event["event"] == "progress" and _phase(last) == _phase(event):
+            self._numbers.pop()
+            self._events.pop()
+        self._numbers.append(self._next)
+        self._events.append(event)
+        self._next += 1
+        if len(self._events) > MAX_EVENTS:
+            self._thin_out()
         self._wake()
 
     def close(self) -> None:
@@ -68,34 +89,78 @@ class JobLog:
 
     async def follow(self) -> AsyncIterator[dict[str, Any]]:
         """Every event so far, then each new one; ends after the last."""
-        place = 0
-        shown: dict[str, Any] | None = None
+        if self._on_disk:
+            for event in await asyncio.to_thread(self._read):
+                yield event
+            return
+        self._followers += 1
+        try:
+            async for event in self._follow():
+                yield event
+        finally:
+            self._followers -= 1
+            self._release()
+
+    async def _follow(self) -> AsyncIterator[dict[str, Any]]:
+        seen = -1
         while True:
             changed = self._changed
-            if place and self._events[place - 1] is not shown:
-                shown = self._events[place - 1]  # its phase has gone on
-                yield shown
-            while place < len(self._events):
-                shown = self._events[place]
-                place += 1
-                yield shown
-            if self._closed:
+            for number, event in self._after(seen):
+                seen = number
+                yield event
+            if self._closed and seen == self._next - 1:
                 return
             if changed is self._changed:
                 await changed.wait()
 
     async def save(self) -> None:
         """Write record and events durably."""
-        lines = "".join(json.dumps(event) + "\n" for event in self._events)
+        events = None
+        if not self._on_disk:
+            events = "".join(json.dumps(event) + "\n" for event in self._events)
         record = json.dumps(self.record.to_json(), indent=1)
 
         def write() -> None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.folder / "events.jsonl", lines.encode())
-            write_atomically(self.folder / "job.json", record.encode())
+            if events is not None:
+                write_atomically(self.folder / EVENTS_NAME, events.encode())
+            write_atomically(self.folder / RECORD_NAME, record.encode())
 
         await asyncio.to_thread(write)
+        self._saved = self._closed
+        self._release()
+
+    def _release(self) -> None:
+        """Let go of the events of an ended job that nobody follows: they are on disk."""
+        if self._saved and not self._followers:
+            self._on_disk = True
+            self._numbers, self._events = [], []
+
+    def _after(self, seen: int) -> list[tuple[int, dict[str, Any]]]:
+        place = bisect.bisect_right(self._numbers, seen)
+        return list(zip(self._numbers[place:], self._events[place:], strict=True))
+
+    def _thin_out(self) -> None:
+        """Forget every second step among the older events."""
+        old = len(self._events) - KEPT_EVENTS
+        kept = [
+            i for i in range(len(self._events))
+            if i >= old or i % 2 == 0 or self._events[i]["event"] not in ("step", "token")
+        ]  # fmt: skip
+        self._numbers = [self._numbers[i] for i in kept]
+        self._events = [self._events[i] for i in kept]
+
+    def _read(self) -> list[dict[str, Any]]:
+        try:
+            lines = (self.folder / EVENTS_NAME).read_text().splitlines()
+            return [json.loads(line) for line in lines]
+        except (OSError, ValueError):
+            return []
 
     def _wake(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+
+
+def _phase(event: dict[str, Any]) -> object:
+    return (event.get("event"), event.get("phase"))

@@ -11,7 +11,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from confidantd.errors import CancelledJobError, ConfidantError, JobNotFoundError, StorageError
+from confidantd.errors import (
+    CancelledJobError,
+    ConfidantError,
+    JobNotFoundError,
+    PeerLostError,
+    StorageError,
+)
 from confidantd.ids import JobId, new_job_id
 from confidantd.jobs.generate import GenerateJob
 from confidantd.jobs.launch import JobServices, ask_coordinator, failure_event
@@ -130,6 +136,8 @@ class Jobs:
             failure = _first_cause(group)
         except ConfidantError as caught:
             failure = caught
+        except TimeoutError:
+            failure = PeerLostError("a device did not answer in time", "see `confidant peers`")
         except OSError as caught:
             failure = StorageError(
                 f"{caught.filename or 'a file'}: {caught.strerror or caught}",
@@ -178,14 +186,11 @@ def _read_logs(folder: Path) -> list[JobLog]:
     logs = []
     for path in sorted(folder.glob("*/job.json")):
         try:
-            log = JobLog(JobRecord(**json.loads(path.read_text())), path.parent)
-            for line in (path.parent / "events.jsonl").read_text().splitlines():
-                log.emit(json.loads(line))
+            record = JobRecord(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError) as failure:
             _log.warning("the record %s cannot be read (%s); it is left alone", path, failure)
             continue
-        log.close()
-        logs.append(log)
+        logs.append(JobLog.ended(record, path.parent))
     return logs
 
 

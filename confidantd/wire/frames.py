@@ -25,6 +25,7 @@ class FrameKind(enum.Enum):
     """What a frame carries."""
 
     HELLO = "hello"  # first frame on a link: who dialled (no payload)
+    CREDIT = "credit"  # one frame of that link was used: one more may come (no payload)
     ACTIVATION = "activation"  # forward, [b, S, D]
     GRADIENT = "gradient"  # backward, [b, S, D]
     TIED_GRADIENT = "tied-gradient"  # [V, D], between the two ends of a tied embedding
@@ -50,7 +51,9 @@ class Frame:
     @property
     def payload_bytes(self) -> int:
         """Bytes of the tensor that the header promises."""
-        return 0 if self.kind is FrameKind.HELLO else tensor_bytes(self.dtype, self.shape)
+        if self.kind in (FrameKind.HELLO, FrameKind.CREDIT):
+            return 0
+        return tensor_bytes(self.dtype, self.shape)
 
 
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from confidantd.wire.frames import FrameKind
+from confidantd.wire.frames import Frame, FrameKind
 from confidantd.worker.links import Links
 
 _T = TypeVar("_T")
@@ -51,13 +51,21 @@ class Exchange:
 
     async def receive(self, kind: FrameKind, step: int, microbatch: int) -> NDArray[Any]:
         """The array of that kind, step and microbatch, once it is there (read-only)."""
-        return as_array(*await self.links.inbox.take(kind, step, microbatch))
+        frame, payload = await self.links.inbox.take(kind, step, microbatch)
+        await self.links.used(frame)
+        return as_array(frame, payload)
+
+    async def next(self, kind: FrameKind) -> tuple[Frame, NDArray[Any]]:
+        """The next frame of a streaming kind and its array."""
+        frame, payload = await self.links.inbox.next(kind)
+        await self.links.used(frame)
+        return frame, as_array(frame, payload)
 
     def close(self) -> None:
         """End the compute thread after what it is doing now."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-def as_array(frame: Any, payload: memoryview) -> NDArray[Any]:
+def as_array(frame: Frame, payload: memoryview) -> NDArray[Any]:
     """The tensor of a frame, without a copy."""
     return np.frombuffer(payload, dtype=frame.dtype).reshape(frame.shape)

@@ -18,7 +18,7 @@ from confidantd.engine.sampling import Sampler
 from confidantd.wire.frames import FrameKind
 from confidantd.wire.stage import StageAssignment
 from confidantd.wire.worker import Decode, Token
-from confidantd.worker.exchange import Exchange, as_array
+from confidantd.worker.exchange import Exchange
 
 PREFILL_CHUNK_TOKENS = 256  # bounds the attention workspace and lets stages overlap in prefill
 
@@ -67,14 +67,13 @@ class Generator:
 
     async def _serve_hidden(self) -> None:
         while True:
-            frame, payload = await self._exchange.links.inbox.next(FrameKind.HIDDEN)
-            await self._forward(frame.step, as_array(frame, payload), last=bool(frame.microbatch))
+            frame, hidden = await self._exchange.next(FrameKind.HIDDEN)
+            await self._forward(frame.step, hidden, last=bool(frame.microbatch))
 
     async def _serve_tokens(self) -> None:
         while True:
-            frame, payload = await self._exchange.links.inbox.next(FrameKind.TOKEN)
-            token = as_array(frame, payload).astype(np.int64).reshape(1, 1)
-            await self._forward(frame.step, token, last=True)
+            frame, token = await self._exchange.next(FrameKind.TOKEN)
+            await self._forward(frame.step, token.astype(np.int64).reshape(1, 1), last=True)
 
     async def _forward(self, sequence: int, x: NDArray[np.generic], *, last: bool) -> None:
         """One step of this stage; `last` says that the head shall choose a token after it."""

@@ -20,12 +20,13 @@ from confidantd.net.tls import client_context, peer_device_id, server_context
 from confidantd.tasks import TaskSet
 from confidantd.wire.frames import Frame, FrameKind, decode_frame, encode_frame
 from confidantd.wire.worker import StageAddress
+from confidantd.worker.credits import CONTROLLED, Credits, window
 from confidantd.worker.inbox import Inbox
 
 CONNECT_SECONDS = 20.0  # a weak phone needs seconds to load its stage before it dials
 KEEP_ALIVE_SECONDS = 5.0  # ping; two missed pings end the link
 FRAME_OVERHEAD_BYTES = 8_192
-MAX_QUEUED_FRAMES = 64  # outgoing; 1F1B keeps at most the number of stages in flight
+MAX_QUEUED_FRAMES = 64  # outgoing; above every window, so that credits never wait behind it
 
 Socket = web.WebSocketResponse | aiohttp.ClientWebSocketResponse
 
@@ -33,8 +34,9 @@ Socket = web.WebSocketResponse | aiohttp.ClientWebSocketResponse
 class Link:
     """One open WebSocket to one stage; frames go out in the order they were given."""
 
-    def __init__(self, stage: int, socket_: Socket) -> None:
+    def __init__(self, stage: int, socket_: Socket, credits_: Credits) -> None:
         self.stage = stage
+        self.credits = credits_
         self._socket = socket_
         self._queue: asyncio.Queue[bytes] = asyncio.Queue(MAX_QUEUED_FRAMES)
 
@@ -64,9 +66,10 @@ class Links:
     """The links of one worker: listener, dialling, sending, receiving."""
 
     def __init__(
-        self, home: str, job: JobId, epoch: int, stage: int, max_tensor_bytes: int
+        self, home: str, job: JobId, epoch: int, stage: int, stages: int, max_tensor_bytes: int
     ) -> None:
         self._home = home
+        self._window = window(stages)
         self._job = job
         self._epoch = epoch
         self._stage = stage
@@ -78,7 +81,8 @@ class Links:
         self._runner: web.AppRunner | None = None
         self._session: aiohttp.ClientSession | None = None
         self._closing = False
-        self.inbox = Inbox(max_bytes=64 * self._max_message_bytes)
+        # Two neighbours within their windows, and the frames that come once a step.
+        self.inbox = Inbox(max_bytes=(2 * self._window + 8) * self._max_message_bytes)
 
     async def listen(self, hosts: tuple[str, ...]) -> int:
         """Open the listener on a free port of every host; gives the port."""
@@ -126,12 +130,21 @@ class Links:
         dtype: str = "float32",
         shape: tuple[int, ...] = (),
     ) -> None:
-        """Queue one tensor for another stage."""
+        """Queue one tensor for another stage; waits while that stage is too far behind."""
         frame = Frame(self._job, self._epoch, kind, self._stage, step, microbatch, dtype, shape)
         link = self._links.get(stage)
         if link is None:
             raise PeerLostError(f"the link from stage {self._stage} to stage {stage} is gone")
+        if kind in CONTROLLED:
+            await link.credits.acquire()
         await link.send(encode_frame(frame, payload))
+
+    async def used(self, frame: Frame) -> None:
+        """Tell the sender of a received frame that it was taken from the inbox."""
+        link = self._links.get(frame.stage)
+        if frame.kind in CONTROLLED and link is not None:
+            credit = Frame(self._job, self._epoch, FrameKind.CREDIT, self._stage, 0, 0)
+            await link.send(encode_frame(credit))
 
     async def close(self) -> None:
         """Close every link, the listener and their tasks."""
@@ -162,7 +175,7 @@ class Links:
         await socket_.send_bytes(
             encode_frame(Frame(self._job, self._epoch, FrameKind.HELLO, self._stage, 0, 0))
         )
-        await self._adopt(Link(address.stage, socket_))
+        await self._adopt(Link(address.stage, socket_, Credits(self._window)))
 
     async def _accept(self, request: web.Request) -> web.WebSocketResponse:
         socket_ = web.WebSocketResponse(
@@ -177,7 +190,7 @@ class Links:
         except (ConfidantError, TypeError, TimeoutError) as failure:
             await socket_.close(message=str(failure).encode()[:120])
             return socket_
-        link = Link(frame.stage, socket_)
+        link = Link(frame.stage, socket_, Credits(self._window))
         done = await self._adopt(link)
         await asyncio.wait([done])
         return socket_
@@ -212,6 +225,7 @@ class Links:
             writer.cancel()
             if not self._closing:
                 self._links.pop(link.stage, None)
+                link.credits.fail(cause)
                 self.inbox.fail(cause)
 
     def _take(self, stage: int, message: bytes) -> None:
@@ -219,7 +233,10 @@ class Links:
         self._check(frame)
         if frame.stage != stage:
             raise ProtocolError(f"stage {stage} sent a frame in the name of stage {frame.stage}")
-        self.inbox.put(frame, payload)
+        if frame.kind is FrameKind.CREDIT:
+            self._links[stage].credits.release()
+        else:
+            self.inbox.put(frame, payload)
 
     def _check(self, frame: Frame) -> None:
         if frame.job != self._job or frame.epoch != self._epoch:

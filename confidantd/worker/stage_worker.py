@@ -158,7 +158,9 @@ def make_links(load: Load) -> Links:
     largest = rows * spec.model.block.hidden
     if spec.model.tied and spec.training == "full":
         largest = max(largest, spec.model.vocabulary * spec.model.block.hidden)
-    return Links(load.home, place.job, place.epoch, place.stage, max_tensor_bytes=4 * largest)
+    return Links(
+        load.home, place.job, place.epoch, place.stage, place.stages, max_tensor_bytes=4 * largest
+    )
 
 
 def make_train_stage(load: Load) -> TrainStage:
