@@ -6,16 +6,20 @@ A blob is a file of its own under `blobs/`, or a registered range of another fil
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import hashlib
 import os
+import secrets
 import shutil
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from confidantd.errors import CorruptFileError
-from confidantd.ids import Digest
-from confidantd.store.files import storage_error, write_atomically
+from confidantd.ids import Digest, digest_of
+from confidantd.store.files import storage_error, sync_folder, write_atomically
 
 READ_BYTES = 1024 * 1024
 
@@ -30,13 +34,18 @@ class _Range:
 
 
 class BlobStore:
-    """Blobs of one device. Blocking: call it in a thread where files may be large."""
+    """Blobs of one device. Blocking: call it in a thread where files may be large.
+
+    A file stands under a digest only after its bytes have been hashed and are on the
+    disk. `StorageError` where the disk is full, denied or broken.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._blobs = root / "blobs"
         self._ranges: dict[Digest, _Range] = {}
         self._lock = threading.Lock()
+        self._fetching: WeakValueDictionary[Digest, asyncio.Lock] = WeakValueDictionary()
         try:
             self._blobs.mkdir(parents=True, exist_ok=True)
         except OSError as failure:
@@ -49,6 +58,10 @@ class BlobStore:
     def part_path(self, digest: Digest) -> Path:
         """Where an unfinished fetch of the blob is kept."""
         return self._blobs / f"{digest}.part"
+
+    def fetch_lock(self, digest: Digest) -> asyncio.Lock:
+        """Held by whoever fetches the blob; lives as long as somebody holds or awaits it."""
+        return self._fetching.setdefault(digest, asyncio.Lock())
 
     def locate(self, digest: Digest) -> tuple[Path, int, int] | None:
         """File, offset and length of a blob, or None if it is not here (any more)."""
@@ -65,25 +78,34 @@ class BlobStore:
 
     def register(self, digest: Digest, path: Path, offset: int, length: int) -> None:
         """Serve a range of a file as a blob, as long as the file is not changed."""
-        status = path.stat()
+        try:
+            status = path.stat()
+        except OSError as failure:
+            raise storage_error(path, failure) from None
         entry = _Range(path, offset, length, status.st_mtime_ns, status.st_size)
         with self._lock:
             self._ranges[digest] = entry
 
     def put_bytes(self, data: bytes) -> Digest:
         """Store bytes; gives their digest."""
-        digest = Digest(hashlib.sha256(data).hexdigest())
+        digest = digest_of(data)
         if not self.path(digest).exists():
             write_atomically(self.path(digest), data)
         return digest
 
     def put_file(self, path: Path) -> Digest:
-        """Move a file into the store; gives its digest."""
-        digest = hash_range(path, 0, path.stat().st_size)
+        """Move a file into the store; gives its digest. The file stays where it is on failure."""
         try:
-            shutil.move(path, self.path(digest))
+            digest = hash_range(path, 0, path.stat().st_size)
+            try:
+                self._adopt(path, digest)
+            except OSError as failure:
+                if failure.errno != errno.EXDEV:
+                    raise
+                self._copy(path, digest)
+                path.unlink()
         except OSError as failure:
-            raise storage_error(self.path(digest), failure) from None
+            raise storage_error(path, failure) from None
         return digest
 
     def remove(self, digest: Digest) -> None:
@@ -93,32 +115,51 @@ class BlobStore:
     def finish(self, digest: Digest) -> Path:
         """Verify a complete `.part` file and give it its name; `CorruptFileError` removes it."""
         part = self.part_path(digest)
-        if hash_range(part, 0, part.stat().st_size) != digest:
-            part.unlink()
-            raise CorruptFileError(
-                f"a received blob is not what was promised ({digest[:12]})", "try again"
-            )
         try:
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
-            part.replace(self.path(digest))
+            if hash_range(part, 0, part.stat().st_size) != digest:
+                part.unlink()
+                raise CorruptFileError(
+                    f"a received blob is not what was promised ({digest[:12]})", "try again"
+                )
+            self._adopt(part, digest)
         except OSError as failure:
             raise storage_error(part, failure) from None
         return self.path(digest)
+
+    def _copy(self, path: Path, digest: Digest) -> None:
+        """Take in a file of another file system, which cannot be renamed into this one."""
+        temporary = self._blobs / f".{secrets.token_hex(8)}.tmp"
+        try:
+            shutil.copyfile(path, temporary)
+            if hash_range(temporary, 0, temporary.stat().st_size) != digest:
+                raise CorruptFileError(f"{path} changed while it was stored", "try again")
+            self._adopt(temporary, digest)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _adopt(self, file: Path, digest: Digest) -> None:
+        """Give a hashed file its name in the store, once its bytes are on the disk."""
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+        file.replace(self.path(digest))
+        sync_folder(self._blobs)
 
 
 def hash_range(path: Path, offset: int, length: int) -> Digest:
     """SHA-256 of a range of a file; `CorruptFileError` if the file is shorter."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        file.seek(offset)
-        left = length
-        while left:
-            data = file.read(min(left, READ_BYTES))
-            if not data:
-                raise CorruptFileError(f"{path} is shorter than its header says")
-            digest.update(data)
-            left -= len(data)
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            left = length
+            while left:
+                data = file.read(min(left, READ_BYTES))
+                if not data:
+                    raise CorruptFileError(f"{path} is shorter than its header says")
+                digest.update(data)
+                left -= len(data)
+    except OSError as failure:
+        raise storage_error(path, failure) from None
     return Digest(digest.hexdigest())
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from pathlib import Path
 
 from confidantd.errors import CorruptFileError, ProtocolError
 from confidantd.ids import Digest
 from confidantd.store.blobs import BlobStore
 from confidantd.store.files import storage_error
+from confidantd.tasks import TaskSet
 
 RANGE_BYTES = 4 * 1024 * 1024  # what a 50 Mbit/s link carries in 0.7 s: progress moves
+RANGES_ASKED = 2  # the next one is on its way while one is written: hides the round trip
 ATTEMPTS = 2  # a kept part that was damaged is found out at the end; then from the start
 ReadRange = Callable[[Digest, int, int], Awaitable[bytes]]
-
-_running: dict[tuple[Path, Digest], asyncio.Lock] = {}
 
 
 async def fetch(
@@ -28,24 +30,18 @@ async def fetch(
     """The file of a blob, fetched if it is not here yet; `progress` gets the bytes so far.
 
     What an interrupted fetch left is kept and gone on with. `CorruptFileError` when
-    the peer's bytes do not have the digest.
+    the peer's bytes do not have the digest. Callers that want one blob share its fetch.
     """
-    key = (store.root, digest)
-    lock = _running.setdefault(key, asyncio.Lock())
-    try:
-        async with lock:
-            for attempt in range(ATTEMPTS):
-                if store.path(digest).exists():
-                    break
-                resumed = await _fill(store, read_range, digest, size_bytes, progress)
-                try:
-                    await asyncio.to_thread(store.finish, digest)
-                except CorruptFileError:
-                    if not resumed or attempt + 1 == ATTEMPTS:
-                        raise
-    finally:
-        if not lock.locked():
-            _running.pop(key, None)
+    async with store.fetch_lock(digest):
+        for attempt in range(ATTEMPTS):
+            if await asyncio.to_thread(store.path(digest).exists):
+                break
+            resumed = await _fill(store, read_range, digest, size_bytes, progress)
+            try:
+                await asyncio.to_thread(store.finish, digest)
+            except CorruptFileError:
+                if not resumed or attempt + 1 == ATTEMPTS:
+                    raise
     return store.path(digest)
 
 
@@ -60,34 +56,61 @@ async def _fill(
     part = store.part_path(digest)
     have = await asyncio.to_thread(_size, part, size_bytes)
     resumed = have > 0
-    while have < size_bytes:
-        length = min(RANGE_BYTES, size_bytes - have)
-        data = await read_range(digest, have, length)
-        if len(data) != length:
-            raise ProtocolError(f"a peer sent {len(data)} bytes of a blob instead of {length}")
-        await asyncio.to_thread(_append, part, have, data)
-        have += length
-        progress(have)
+    async with aclosing(_ranges(read_range, digest, have, size_bytes)) as ranges:
+        async for data in ranges:
+            await asyncio.to_thread(_append, part, have, data)
+            have += len(data)
+            progress(have)
     if size_bytes == 0:
         await asyncio.to_thread(_append, part, 0, b"")
     return resumed
 
 
+async def _ranges(
+    read_range: ReadRange, digest: Digest, first: int, past_last: int
+) -> AsyncGenerator[bytes, None]:
+    """The bytes [first, past_last) range by range and in order, `RANGES_ASKED` at a time."""
+
+    async def read(offset: int) -> bytes:
+        length = min(RANGE_BYTES, past_last - offset)
+        data = await read_range(digest, offset, length)
+        if len(data) != length:
+            raise ProtocolError(f"a peer sent {len(data)} bytes of a blob instead of {length}")
+        return data
+
+    tasks = TaskSet("fetch")
+    asked: deque[asyncio.Task[bytes]] = deque()
+    try:
+        for offset in range(first, past_last, RANGE_BYTES):
+            asked.append(tasks.start(read(offset), f"{digest[:12]}-{offset}"))
+            if len(asked) == RANGES_ASKED:
+                yield await asked.popleft()
+        while asked:
+            yield await asked.popleft()
+    finally:
+        await tasks.close()
+
+
 def _size(part: Path, size_bytes: int) -> int:
     try:
         size = part.stat().st_size
-    except FileNotFoundError:
-        return 0
-    if size > size_bytes:
+        if size <= size_bytes:
+            return size
         part.unlink()
-        return 0
-    return size
+    except FileNotFoundError:
+        pass
+    except OSError as failure:
+        raise storage_error(part, failure) from None
+    return 0
 
 
 def _append(part: Path, offset: int, data: bytes) -> None:
+    """Write `data` at `offset`; what was written when the disk is full can be gone on with."""
     try:
-        with part.open("r+b" if offset else "wb") as file:
+        with part.open("r+b" if offset else "wb", buffering=0) as file:
             file.seek(offset)
-            file.write(data)
+            left = memoryview(data)
+            while left:
+                left = left[file.write(left) :]
     except OSError as failure:
         raise storage_error(part, failure) from None

@@ -10,7 +10,7 @@ from confidantd.errors import StorageError
 from confidantd.ids import Digest, is_digest
 from confidantd.models.safetensors import TensorLocation
 from confidantd.store.blobs import BlobStore, hash_range
-from confidantd.store.files import write_atomically
+from confidantd.store.files import storage_error, write_atomically
 from confidantd.wire.stage import TensorEntry
 
 _log = logging.getLogger(__name__)
@@ -48,18 +48,7 @@ class ModelIndex:
         )
 
     def _digest(self, location: TensorLocation) -> Digest:
-        status = location.file.stat()
-        key = ":".join(
-            str(part)
-            for part in (
-                location.file.resolve(),
-                status.st_ino,
-                status.st_mtime_ns,
-                status.st_size,
-                location.offset,
-                location.bytes,
-            )
-        )
+        key = _key(location)
         found = self._digests.get(key)
         if found is None:
             found = hash_range(location.file, location.offset, location.bytes)
@@ -69,7 +58,9 @@ class ModelIndex:
     def _read(self) -> dict[str, Digest]:
         try:
             found = json.loads(self._file.read_text())
-        except (FileNotFoundError, ValueError):
+        except (OSError, ValueError):
+            return {}  # not there yet, or unreadable: everything is hashed again
+        if not isinstance(found, dict):
             return {}
         return {str(k): Digest(v) for k, v in found.items() if is_digest(str(v))}
 
@@ -80,3 +71,13 @@ class ModelIndex:
             write_atomically(self._file, json.dumps(newest).encode())
         except StorageError as failure:
             _log.warning("tensor digests are not remembered: %s", failure)
+
+
+def _key(location: TensorLocation) -> str:
+    """Names the bytes of a range: changes when the file is written or replaced."""
+    try:
+        status = location.file.stat()
+    except OSError as failure:
+        raise storage_error(location.file, failure) from None
+    place = (status.st_ino, status.st_mtime_ns, status.st_size, location.offset, location.bytes)
+    return ":".join(str(part) for part in (location.file.resolve(), *place))
