@@ -16,7 +16,7 @@ HIDDEN_COPIES = 12  # residuals, norms, q, k, v and their gradients [b, S, D]
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes of one stage. `kept`: block inputs of the microbatches in flight."""
+    """Bytes of one stage. `kept`: inputs of blocks and head, of the microbatches in flight."""
 
     weights: int
     gradients: int
@@ -45,7 +45,8 @@ def stage_memory(
     held = frozen + (adapter if work.method == "lora" else 0)
     kept = 0
     if work.method is not None:
-        kept = in_flight(stage, stages, work.microbatches) * layers * work.activation_bytes
+        inputs = layers + (1 if head else 0)
+        kept = in_flight(stage, stages, work.microbatches) * inputs * work.activation_bytes
     return MemoryEstimate(
         weights=FLOAT_BYTES * held,
         gradients=FLOAT_BYTES * trained,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from confidantd.errors import DeviceError, DoesNotFitError
@@ -19,6 +19,7 @@ from confidantd.planner.partition import (
 from confidantd.planner.workload import Workload
 
 MEGABYTE = 1_000_000
+LORA_GUESS = 64  # adapter weights per unit of width: rank 8 on four square projections
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,16 +182,35 @@ def _does_not_fit(
         short = need - device.available_bytes
         state = f"is {short / MEGABYTE:.0f} MB short of" if short > 0 else "has"
         shortfalls.append(f"{device.name} {state} the {need / MEGABYTE:.0f} MB for its share")
-    hints = []
-    if work.method == "full":
-        hints.append("--method lora")
-    if work.method is not None and work.microbatch_size > 1:
-        hints.append("more --microbatches or a smaller --batch-size")
-    hints.append("fewer --devices" if use_all and count > 1 else "another device")
     verb = "training" if work.method else "running"
     return DoesNotFitError(
-        f"{verb} {work.model} does not fit: {'; '.join(shortfalls)}", "try " + ", ".join(hints)
+        f"{verb} {work.model} does not fit: {'; '.join(shortfalls)}",
+        _what_would_fit(work, devices, use_all=use_all),
     )
+
+
+def _what_would_fit(work: Workload, devices: Sequence[PlanDevice], *, use_all: bool) -> str:
+    """The changes that were tried and fit these devices; without any, more memory is needed."""
+
+    def fits(changed: Workload, *, all_of_them: bool = use_all) -> bool:
+        return best_partition(changed, devices, devices[0].id, use_all=all_of_them) is not None
+
+    found = []
+    if use_all and len(devices) > 1 and fits(work, all_of_them=False):
+        found.append("fewer --devices")
+    one_row = replace(
+        work, microbatch_size=1, microbatches=work.microbatches * work.microbatch_size
+    )
+    if work.method is not None and work.microbatch_size > 1 and fits(one_row):
+        found.append(f"--microbatches {one_row.microbatches}")
+    lora = replace(work, method="lora", block_adapter=LORA_GUESS * work.hidden)
+    if work.method == "full" and fits(lora):
+        found.append("--method lora")
+    if found:
+        return "it fits with " + " or ".join(found)
+    if work.method is None:
+        return "pair another device, or free memory on these"
+    return "pair another device, free memory on these, or lower --sequence-length"
 
 
 def _stage_json(stage: StagePlan) -> dict[str, Any]:

@@ -1,0 +1,82 @@
+"""The memory model: what each method holds, and what grows with what."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from confidantd.planner.memory import MemoryEstimate, stage_memory
+from confidantd.planner.workload import Method, Workload
+from tests.unit.planner_support import workload
+
+
+def middle(work: Workload, layers: int = 2) -> MemoryEstimate:
+    """A stage between the ends."""
+    return stage_memory(work, layers, embedding=False, head=False, stage=1, stages=3)
+
+
+def test_full_fine_tuning_takes_16_bytes_per_parameter() -> None:
+    found = middle(workload())
+    parameters = 2 * workload().block_parameters
+    assert found.weights == found.gradients == 4 * parameters
+    assert found.weights + found.gradients + found.moments == 16 * parameters
+
+
+def test_lora_trains_the_adapter_only() -> None:
+    work = workload(method="lora")
+    found = middle(work)
+    assert found.weights == 4 * 2 * (work.block_parameters + work.block_adapter)
+    assert found.gradients == 4 * 2 * work.block_adapter
+    assert found.moments == 2 * found.gradients
+
+
+def test_generation_holds_weights_and_a_cache() -> None:
+    found = middle(workload(method=None))
+    assert found.gradients == found.moments == found.kept == 0
+    assert found.cache > 0
+
+
+@pytest.mark.parametrize(("stage", "in_flight"), [(0, 3), (1, 2), (2, 1)])
+def test_block_inputs_are_kept_for_microbatches_in_flight(stage: int, in_flight: int) -> None:
+    work = workload()
+    head = stage == 2
+    found = stage_memory(work, 2, embedding=stage == 0, head=head, stage=stage, stages=3)
+    assert found.kept == in_flight * (3 if head else 2) * 4 * 2 * 128 * 768
+
+
+def test_a_tied_table_on_one_device_counts_once() -> None:
+    tied, untied = (
+        stage_memory(workload(tied=t), 6, embedding=True, head=True, stage=0, stages=1).weights
+        for t in (True, False)
+    )
+    assert untied - tied == 4 * workload().head_parameters
+
+
+def test_the_total_is_the_sum_of_the_kinds() -> None:
+    found = MemoryEstimate(1, 2, 3, 4, 5, 6, 7)
+    assert found.total == 28
+
+
+@given(
+    method=st.sampled_from(["full", "lora", None]),
+    layers=st.integers(1, 12),
+    size=st.integers(1, 4),
+    length=st.sampled_from([16, 64, 256]),
+    head=st.booleans(),
+)
+def test_more_of_anything_never_takes_less(
+    method: Method | None, layers: int, size: int, length: int, head: bool
+) -> None:
+    work = workload(method=method, microbatch_size=size, sequence_length=length)
+
+    def total(work: Workload, layers: int, *, head: bool) -> int:
+        return stage_memory(work, layers, embedding=False, head=head, stage=1, stages=2).total
+
+    least = total(work, layers, head=head)
+    assert total(work, layers + 1, head=head) > least
+    assert total(replace(work, microbatch_size=size + 1), layers, head=head) >= least
+    assert total(replace(work, sequence_length=length + 1), layers, head=head) >= least
+    assert total(work, layers, head=True) >= least

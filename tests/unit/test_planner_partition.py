@@ -1,0 +1,155 @@
+"""Partitions against brute force: never above a device's memory, never slower than the best."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from confidantd.ids import DeviceId
+from confidantd.planner.memory import stage_memory
+from confidantd.planner.partition import (
+    Partition,
+    PlanDevice,
+    best_partition,
+    cost,
+    predicted_seconds,
+)
+from confidantd.planner.workload import Workload
+from tests.unit.planner_support import GIGABYTE, device, workload
+
+WORKLOADS = st.builds(
+    workload,
+    layers=st.integers(1, 6),
+    method=st.sampled_from(["full", "lora", None]),
+    microbatch_size=st.integers(1, 3),
+    microbatches=st.integers(1, 9),
+    tied=st.booleans(),
+)
+DEVICE_FIGURES = st.tuples(
+    st.floats(1, 200), st.integers(100_000_000, 3 * GIGABYTE), st.sampled_from([None, 20.0, 900.0])
+)
+SWARMS = st.lists(DEVICE_FIGURES, min_size=1, max_size=3).map(
+    lambda figures: [device(f"d{i}", *figure) for i, figure in enumerate(figures)]
+)
+
+
+def fits(work: Workload, found: Partition) -> bool:
+    """Whether every stage stays within its device's memory."""
+    last = len(found.devices) - 1
+    return all(
+        stage_memory(work, layers, embedding=i == 0, head=i == last, stage=i, stages=last + 1).total
+        <= holder.available_bytes
+        for i, (holder, layers) in enumerate(zip(found.devices, found.layers, strict=True))
+    )
+
+
+def everything(
+    work: Workload, devices: Sequence[PlanDevice], *, use_all: bool
+) -> Iterator[Partition]:
+    """Every partition that fits."""
+    for size in [len(devices)] if use_all else range(1, len(devices) + 1):
+        for order in itertools.permutations(devices, size):
+            for layers in itertools.product(range(1, work.layers + 1), repeat=size):
+                if sum(layers) == work.layers:
+                    found = Partition(order, layers, predicted_seconds(work, order, layers))
+                    if fits(work, found):
+                        yield found
+
+
+@given(work=WORKLOADS, devices=SWARMS, use_all=st.booleans())
+def test_as_good_as_brute_force(work: Workload, devices: list[PlanDevice], use_all: bool) -> None:
+    owner = devices[0].id
+    found = best_partition(work, devices, owner, use_all=use_all)
+    every = list(everything(work, devices, use_all=use_all))
+    if found is None:
+        assert not every
+        return
+    assert fits(work, found)
+    assert sum(found.layers) == work.layers
+    assert not use_all or set(found.devices) == set(devices)
+    assert cost(found, owner) == pytest.approx(min(cost(p, owner) for p in every), rel=1e-8)
+
+
+@given(work=WORKLOADS, devices=SWARMS, more=st.integers(0, 2 * GIGABYTE), which=st.integers(0, 2))
+def test_more_memory_is_never_slower(
+    work: Workload, devices: list[PlanDevice], more: int, which: int
+) -> None:
+    owner = devices[0].id
+    before = best_partition(work, devices, owner, use_all=False)
+    index = which % len(devices)
+    richer = replace(devices[index], available_bytes=devices[index].available_bytes + more)
+    changed = [*devices[:index], richer, *devices[index + 1 :]]
+    after = best_partition(work, changed, owner, use_all=False)
+    if before is not None:
+        assert after is not None
+        assert cost(after, owner) <= cost(before, owner) * (1 + 1e-8)
+
+
+def test_equal_devices_share_equally() -> None:
+    devices = [device(name, gflops=50) for name in "abc"]
+    for method in ("lora", None):
+        work = replace(workload(method=method, microbatches=8), vocabulary=16)  # a light head
+        found = best_partition(work, devices, devices[0].id, use_all=True)
+        assert found is not None
+        assert found.layers == (2, 2, 2)
+
+
+def test_a_faster_device_gets_more_layers() -> None:
+    slow, fast = device("slow", gflops=20), device("fast", gflops=60)
+    found = best_partition(workload(layers=8, microbatches=16), [slow, fast], slow.id, use_all=True)
+    assert found is not None
+    assert dict(zip(found.devices, found.layers, strict=True))[fast] > 4
+
+
+def test_the_owner_is_first_among_equals() -> None:
+    devices = [device(name) for name in "abc"]
+    for owner in devices:
+        found = best_partition(workload(microbatches=16), devices, owner.id, use_all=True)
+        assert found is not None
+        assert found.devices[0] == owner
+
+
+def test_a_device_that_slows_the_whole_is_left_out() -> None:
+    fast, slow = device("fast", gflops=100), device("slow", gflops=0.1)
+    found = best_partition(workload(), [fast, slow], fast.id, use_all=False)
+    assert found is not None
+    assert found.devices == (fast,)
+    slow_link = device("far", gflops=100, mbps=0.1)
+    found = best_partition(workload(), [fast, slow_link], fast.id, use_all=False)
+    assert found is not None
+    assert found.devices == (fast,)
+
+
+def test_an_insisted_device_is_used_however_slow() -> None:
+    fast, slow = device("fast", gflops=100), device("slow", gflops=0.1)
+    found = best_partition(workload(), [fast, slow], fast.id, use_all=True)
+    assert found is not None
+    assert set(found.devices) == {fast, slow}
+
+
+def test_small_devices_together_hold_what_none_could_alone() -> None:
+    work = workload(layers=12)
+    devices = [device(name, available_bytes=1_400_000_000) for name in "abcd"]
+    assert best_partition(work, devices[:1], devices[0].id, use_all=False) is None
+    found = best_partition(work, devices, devices[0].id, use_all=False)
+    assert found is not None
+    assert fits(work, found)
+
+
+@pytest.mark.parametrize("count", [7, 12])
+def test_many_devices(count: int) -> None:
+    """Where not every order is tried, the plan still fits and beats the best single device."""
+    work = workload(layers=24, microbatches=16)
+    devices = [device(f"d{i}", 10 + 7 * i, (2 + i % 3) * GIGABYTE) for i in range(count)]
+    found = best_partition(work, devices, devices[0].id, use_all=False)
+    assert found is not None
+    assert fits(work, found)
+    spacious = replace(devices[-1], available_bytes=1000 * GIGABYTE)
+    alone = best_partition(work, [spacious], DeviceId(spacious.id), use_all=False)
+    assert alone is not None
+    assert found.seconds < alone.seconds

@@ -1,0 +1,90 @@
+"""Plans as the contract prints them, and refusals that name who is short and what would fit."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+
+from confidantd.errors import DeviceError, DoesNotFitError
+from confidantd.planner.plan import make_plan
+from tests.unit.planner_support import GIGABYTE, device, workload
+
+
+def test_a_plan_has_the_keys_of_the_contract() -> None:
+    devices = [device(name) for name in "abc"]
+    plan = make_plan(workload(microbatches=16), devices, devices[0].id, use_all=True).to_json()
+    assert json.loads(json.dumps(plan)) == plan
+    assert plan["objective"] == "train"
+    stages = plan["stages"]
+    assert [stage["embedding"] for stage in stages] == [True, False, False]
+    assert [stage["head"] for stage in stages] == [False, False, True]
+    assert stages[0]["layers"][0] == 0
+    assert stages[-1]["layers"][1] == 6
+    for before, after in itertools.pairwise(stages):
+        assert before["layers"][1] == after["layers"][0]
+    assert {"device", "name", "memory_bytes", "seconds", "backends"} <= set(stages[0])
+    assert stages[0]["backends"] == [{"name": "cpu", "heads": 12, "columns": 2048}]
+    assert [(k["from"], k["to"]) for k in plan["links"]] == [
+        (stages[0]["device"], stages[1]["device"]),
+        (stages[1]["device"], stages[2]["device"]),
+    ]
+    assert plan["links"][0]["bytes"] == 2 * 16 * 4 * 2 * 128 * 768
+    predicted = plan["predicted"]
+    assert predicted["tokens_per_second"] == pytest.approx(16 * 2 * 128 / predicted["step_seconds"])
+
+
+def test_one_device_alone_generates() -> None:
+    only = device("only")
+    plan = make_plan(workload(method=None), [only], only.id)
+    assert plan.objective == "generate"
+    assert len(plan.stages) == 1
+    assert plan.links == ()
+    assert plan.tokens_per_second == pytest.approx(1 / plan.seconds)
+
+
+def test_devices_left_out_have_a_reason() -> None:
+    fast = device("fast", gflops=200)
+    others = [device("tiny", available_bytes=1), device("slow", gflops=0.1)]
+    plan = make_plan(workload(), [fast, *others], fast.id)
+    reasons = {left.name: left.reason for left in plan.left_out}
+    assert "MB more memory" in reasons["tiny"]
+    assert "longer" in reasons["slow"]
+
+
+def test_what_does_not_fit_names_every_device_that_is_short() -> None:
+    devices = [device("anna", available_bytes=200_000_000), device("ben", available_bytes=1)]
+    with pytest.raises(DoesNotFitError) as failure:
+        make_plan(workload(), devices, devices[0].id)
+    assert "anna is" in failure.value.message
+    assert "ben is" in failure.value.message
+    assert "MB short of" in failure.value.message
+    assert "another device" in failure.value.hint
+
+
+def test_what_would_fit_is_said() -> None:
+    only = device("only", available_bytes=1_000_000_000)
+    with pytest.raises(DoesNotFitError) as failure:
+        make_plan(workload(), [only], only.id)
+    assert failure.value.hint == "it fits with --method lora"
+    large = workload(method="lora", microbatch_size=32, microbatches=1)
+    with pytest.raises(DoesNotFitError) as failure:
+        make_plan(large, [only], only.id)
+    assert failure.value.hint == "it fits with --microbatches 32"
+    make_plan(workload(method="lora", microbatch_size=1, microbatches=32), [only], only.id)
+
+
+def test_an_insisted_device_that_is_too_small() -> None:
+    devices = [device("large"), device("tiny", available_bytes=1)]
+    with pytest.raises(DoesNotFitError) as failure:
+        make_plan(workload(), devices, devices[0].id, use_all=True)
+    assert "tiny is" in failure.value.message
+    assert "fewer --devices" in failure.value.hint
+
+
+def test_more_devices_than_layers() -> None:
+    devices = [device(f"d{i}", available_bytes=9 * GIGABYTE) for i in range(3)]
+    with pytest.raises(DeviceError, match="3 devices cannot share 2 layers"):
+        make_plan(workload(layers=2), devices, devices[0].id, use_all=True)
+    assert len(make_plan(workload(layers=2), devices, devices[0].id).stages) <= 2
