@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 
+from confidantd.errors import StorageError
 from confidantd.store.files import write_atomically
 
 _log = logging.getLogger(__name__)
@@ -19,24 +20,34 @@ MEASURE_SECONDS = 30.0  # the measurement takes 1.5 s; importing on a weak board
 
 async def measure_speed(threads: int, cache: Path) -> float:
     """GFLOP/s of the CPU provider (float32 product); 0.0 if it cannot be measured."""
-    key = _key(threads)
+    key = await asyncio.to_thread(_key, threads)
     remembered = await asyncio.to_thread(_read, cache)
     if key in remembered:
         return remembered[key]
     gflops = await _measure(threads)
     if gflops > 0:
         data = json.dumps({**remembered, key: gflops}).encode()
-        await asyncio.to_thread(write_atomically, cache, data)
+        try:
+            await asyncio.to_thread(write_atomically, cache, data)
+        except StorageError as failure:
+            _log.warning("the speed of this device is not remembered: %s", failure)
     return gflops
 
 
 async def _measure(threads: int) -> float:
+    command = (sys.executable, "-m", "confidantd.engine.measure", "--threads", str(threads))
+    try:
+        output = await _output(command)
+        return float(json.loads(output)["gflops"])
+    except (TimeoutError, OSError, ValueError, KeyError, TypeError):
+        _log.warning("the speed of this device could not be measured: is onnxruntime installed?")
+        return 0.0
+
+
+async def _output(command: tuple[str, ...]) -> bytes:
+    """What the command prints; it is killed when it takes too long or the caller is cancelled."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "confidantd.engine.measure",
-        "--threads",
-        str(threads),
+        *command,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
@@ -44,10 +55,7 @@ async def _measure(threads: int) -> float:
     try:
         async with asyncio.timeout(MEASURE_SECONDS):
             output, _ = await process.communicate()
-        return float(json.loads(output)["gflops"])
-    except (TimeoutError, ValueError, KeyError, TypeError):
-        _log.warning("the speed of this device could not be measured: is onnxruntime installed?")
-        return 0.0
+        return output
     finally:
         if process.returncode is None:
             process.kill()

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import importlib.util
 import os
-from pathlib import Path
 
 import psutil
 
 import confidantd
+from confidantd.profile.battery import read_battery
+from confidantd.profile.cgroup import memory_limits
 from confidantd.wire.resources import Resources
 
 RESERVE_FRACTION = 0.1  # of the memory that is available now: left to the user's other apps
 COMPILER_MODULES = ("torch", "onnxscript")
-_CGROUP_UNLIMITED = 1 << 60  # version 1 writes a huge number for "no limit"
+WORKER_MODULE = "confidantd.worker"
 
 
 def read_resources(
@@ -25,21 +26,19 @@ def read_resources(
     `memory_cap` (bytes, `--memory`) bounds what jobs may use in all; without it that is
     what is available now, less a reserve. What is granted already is not offered again.
     """
-    charging, percent = _battery()
+    battery = read_battery()
     total, available = memory_bytes()
-    usable = int(available * (1 - RESERVE_FRACTION))
-    if memory_cap is not None:
-        usable = min(usable, memory_cap)
+    workers = worker_bytes() if granted_bytes else 0
     return Resources(
         memory_bytes=total,
-        available_bytes=max(0, usable - granted_bytes),
+        available_bytes=offered_bytes(available, memory_cap, granted_bytes, workers),
         backends=_backends(),
         roles=roles(),
         gflops=gflops,
         cores=usable_cores(),
         threads=threads,
-        charging=charging,
-        battery_percent=percent,
+        charging=battery.charging,
+        battery_percent=battery.percent,
         bandwidth_mbps=None,
         load=_load(),
         version=confidantd.__version__,
@@ -47,11 +46,42 @@ def read_resources(
     )
 
 
+def offered_bytes(available: int, cap: int | None, granted: int, workers: int) -> int:
+    """What jobs may still be promised.
+
+    `workers` (bytes) is what running stages use already: the system counts that as no
+    longer available, so only the rest of `granted` has to be set aside.
+    """
+    usable = int(available * (1 - RESERVE_FRACTION)) - max(0, granted - workers)
+    if cap is not None:
+        usable = min(usable, cap - granted)
+    return max(0, usable)
+
+
+def worker_bytes() -> int:
+    """Resident memory of this daemon's stage workers."""
+    total = 0
+    for child in _children():
+        try:
+            if WORKER_MODULE in child.cmdline():
+                total += int(child.memory_info().rss)
+        except psutil.Error:  # it has just ended
+            continue
+    return total
+
+
+def _children() -> list[psutil.Process]:
+    try:
+        return psutil.Process().children()
+    except (psutil.Error, OSError):  # a hardened /proc
+        return []
+
+
 def memory_bytes() -> tuple[int, int]:
     """Physical and available memory, neither above the limit of this process's cgroup."""
     memory = psutil.virtual_memory()
     total, available = int(memory.total), int(memory.available)
-    for limit, used in _cgroup_limits():
+    for limit, used in memory_limits():
         total = min(total, limit)
         available = min(available, max(0, limit - used))
     return total, available
@@ -64,6 +94,7 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+@functools.cache
 def roles() -> tuple[str, ...]:
     """`compiler` where torch and its ONNX exporter are installed (found, not imported)."""
     try:
@@ -73,6 +104,7 @@ def roles() -> tuple[str, ...]:
     return ("compiler",) if found else ()
 
 
+@functools.cache
 def _backends() -> tuple[str, ...]:
     return ("cpu",) if importlib.util.find_spec("onnxruntime") else ()
 
@@ -82,41 +114,3 @@ def _load() -> float:
         return min(1.0, psutil.getloadavg()[0] / usable_cores())
     except OSError:  # Android denies /proc/loadavg
         return 0.0
-
-
-def _battery() -> tuple[bool | None, float | None]:
-    """Charging and percent; None where there is no battery or no permission to ask."""
-    try:
-        battery = psutil.sensors_battery()
-    except (AttributeError, OSError, NotImplementedError):
-        return None, None
-    if battery is None:
-        return None, None
-    return bool(battery.power_plugged), float(battery.percent)
-
-
-def _cgroup_limits() -> list[tuple[int, int]]:
-    """Memory limit and use (bytes) of every cgroup that this process is in and can read."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            found += _limits_up(Path("/sys/fs/cgroup"), path, "memory.max", "memory.current")
-        elif "memory" in controllers.split(","):
-            root = Path("/sys/fs/cgroup/memory")
-            found += _limits_up(root, path, "memory.limit_in_bytes", "memory.usage_in_bytes")
-    return [(limit, used) for limit, used in found if limit < _CGROUP_UNLIMITED]
-
-
-def _limits_up(root: Path, path: str, limit: str, used: str) -> list[tuple[int, int]]:
-    folder = root / path.lstrip("/")
-    found = []
-    while folder.is_relative_to(root):
-        with contextlib.suppress(OSError, ValueError):  # `max`, or no such level in this namespace
-            found.append((int((folder / limit).read_text()), int((folder / used).read_text())))
-        folder = folder.parent
-    return found

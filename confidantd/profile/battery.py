@@ -1,0 +1,102 @@
+"""Battery state: from the system, or from Termux's own command on Android."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import psutil
+
+TERMUX_COMMAND = "termux-battery-status"
+COMMAND_SECONDS = 5.0  # it hangs where the Termux:API app is missing
+KEPT_SECONDS = 60.0  # a battery changes by less than one percent in that time
+
+
+@dataclass(frozen=True, slots=True)
+class Battery:
+    """Charging and charge; None where there is no battery or no permission to ask."""
+
+    charging: bool | None = None
+    percent: float | None = None
+
+
+def read_battery() -> Battery:
+    """The battery of this device. Never waits."""
+    if sys.platform == "android":
+        command = _termux()
+        return Battery() if command is None else command.latest()
+    try:
+        found = psutil.sensors_battery()
+    except (AttributeError, OSError, NotImplementedError):
+        return Battery()
+    if found is None:
+        return Battery()
+    return Battery(bool(found.power_plugged), float(found.percent))
+
+
+class BatteryCommand:
+    """Asks a command again and again without waiting for it.
+
+    `latest` starts the command when the answer is old, and takes its answer in a later
+    call; one that does not end in time is killed.
+    """
+
+    def __init__(self, command: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
+        self._command = tuple(command)
+        self._clock = clock
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started = float("-inf")
+        self._battery = Battery()
+
+    def latest(self) -> Battery:
+        """The last answer; all None until there is one."""
+        now = self._clock()
+        if self._process is not None:
+            self._look(self._process, now)
+        elif now - self._started >= KEPT_SECONDS:
+            self._started = now
+            self._process = _started(self._command)
+        return self._battery
+
+    def _look(self, process: subprocess.Popen[bytes], now: float) -> None:
+        if process.poll() is None:
+            if now - self._started < COMMAND_SECONDS:
+                return
+            process.kill()
+        output, _ = process.communicate()
+        self._process = None
+        self._battery = parse_battery(output)
+
+
+def parse_battery(output: bytes) -> Battery:
+    """What `termux-battery-status` printed; all None if that is no answer."""
+    try:
+        found = json.loads(output)
+        charging = found.get("plugged", "UNPLUGGED") != "UNPLUGGED"
+        return Battery(charging, float(found["percentage"]))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return Battery()
+
+
+def _started(command: Sequence[str]) -> subprocess.Popen[bytes] | None:
+    try:
+        return subprocess.Popen(  # noqa: S603  # a fixed command, found on the path
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+    except OSError:
+        return None
+
+
+@functools.cache
+def _termux() -> BatteryCommand | None:
+    found = shutil.which(TERMUX_COMMAND)
+    return None if found is None else BatteryCommand([found])
