@@ -22,7 +22,7 @@ from confidantd.planner.partition import PlanDevice
 from confidantd.planner.plan import Plan, StagePlan, make_plan
 from confidantd.swarm.state import CoordinatorView
 from confidantd.wire.codec import from_map, to_map
-from confidantd.wire.jobs import Offer, OfferAnswer, PlanRequest
+from confidantd.wire.jobs import Offer, OfferAnswer, PlanRequest, StopStage
 
 OFFER_SECONDS = 10.0
 MAX_ROUNDS = 5  # each round learns at least one device's true memory
@@ -54,12 +54,20 @@ class Coordinator:
         request = from_map(PlanRequest, params)
         async with self._one_at_a_time:
             devices = plan_devices(self._swarm.peers(), request.devices)
+            asked: set[DeviceId] = set()
             for _ in range(MAX_ROUNDS):
-                plan = await self._make(request, devices, owner)
+                try:
+                    plan = await self._make(request, devices, owner)
+                except ConfidantError:
+                    await self._withdraw(request, asked)
+                    raise
                 declined = await self._offer_all(request, plan, owner)
+                asked |= {stage.device for stage in plan.stages} - set(declined)
                 if not declined:
+                    await self._withdraw(request, asked - {s.device for s in plan.stages})
                     return to_map(plan)
                 devices = _with_answers(devices, declined)
+            await self._withdraw(request, asked)
         reasons = "; ".join(f"{d[:8]}: {answer.reason}" for d, answer in declined.items())
         raise DeclinedError(f"the devices declined every plan ({reasons})", "try again in a minute")
 
@@ -86,6 +94,19 @@ class Coordinator:
             for stage, answer in zip(plan.stages, answers, strict=True)
             if not answer.accepted
         }
+
+    async def _withdraw(self, request: PlanRequest, devices: set[DeviceId]) -> None:
+        """Free what earlier rounds were granted; a device that is gone has freed it anyway."""
+        message = to_map(StopStage(request.job, request.epoch))
+        await asyncio.gather(
+            *(
+                self._peers.request(
+                    device, "stage.withdraw", message, timeout_seconds=OFFER_SECONDS
+                )
+                for device in devices
+            ),
+            return_exceptions=True,
+        )
 
     async def _offer(self, stage: StagePlan, offer: Offer) -> OfferAnswer:
         try:

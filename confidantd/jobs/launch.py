@@ -91,11 +91,11 @@ async def launch(
         compilers(services.swarm),
         lambda name, done, of: emit_progress(log, "compile", done, of, name),
     )
+    tensors, adapter = await _index(services, log, workload)
     plan = await ask_coordinator(services, "job.negotiate", workload, log, devices)
     log.record.devices = [stage.name for stage in plan.stages]
     log.emit({"event": "plan", **plan.to_json()})
     await log.save()
-    tensors, adapter = await _index(services, log, workload)
     found = assignments(
         workload,
         plan,

@@ -202,7 +202,7 @@ class Pipeline:
         """Bring a trained tensor from the stage's device into `store`, verified."""
         assert tensor.digest is not None
         device = self._stages[stage].device
-        if store.locate(tensor.digest) is None:
+        if await asyncio.to_thread(store.locate, tensor.digest) is None:
             await fetch(
                 store,
                 lambda d, offset, length: self._peers.read_blob(device, d, offset, length),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,18 @@ from confidantd.wire.stage import ProgramEntry
 
 COMPILE_SECONDS = 900.0  # a board needs minutes for what a laptop does in 15 s
 Progress = Callable[[str, int, int], None]
+
+
+@contextlib.asynccontextmanager
+async def _time_limit() -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(COMPILE_SECONDS):
+            yield
+    except TimeoutError:
+        raise CompileError(
+            f"compiling took longer than {COMPILE_SECONDS / 60:.0f} minutes",
+            "add a faster device with the compiler extra to the swarm",
+        ) from None
 
 
 class Programs:
@@ -77,7 +90,7 @@ class Programs:
     ) -> dict[str, ProgramEntry]:
         question = folder / "request.json"
         question.write_text(json.dumps(to_map(request)))
-        async with asyncio.timeout(COMPILE_SECONDS):
+        async with _time_limit():
             await run_module(
                 "confidantd.compiler",
                 [str(question), str(folder / "out")],

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from confidantd.errors import ModelError, from_wire
+from confidantd.jobs.subprocesses import open_log
 
 ANSWER_SECONDS = 60.0  # reading a 128k vocabulary takes a phone some seconds
 MAX_LINE_BYTES = 16 * 1024 * 1024
@@ -23,8 +24,7 @@ class TextProcess:
     @classmethod
     async def start(cls, model: Path, log: Path) -> TextProcess:
         """Start the subprocess for the tokenizer in a model folder."""
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as errors:
+        with await asyncio.to_thread(open_log, log) as errors:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",

@@ -54,7 +54,7 @@ _log = logging.getLogger(__name__)
 OFFER_SECONDS = 120.0  # a granted offer that is not started by then is forgotten
 LOAD_SECONDS = 300.0  # a phone reads a 1 GB stage from its flash in about a minute
 PARALLEL_FETCHES = 4
-EVENT_QUEUE = 256
+MAX_REMEMBERED_EPOCHS = 1_000
 
 
 @dataclass(slots=True)
@@ -62,6 +62,7 @@ class HeldStage:
     """One granted stage; `process` is there once it was started."""
 
     offer: Offer
+    coordinator: DeviceId
     expires: float
     process: WorkerProcess | None = None
     started: dict[type[Event], asyncio.Future[Event]] = field(default_factory=dict)
@@ -94,8 +95,10 @@ class StageHost:
         self._coordinator = coordinator
         self._held: dict[JobId, HeldStage] = {}
         self._epochs: dict[JobId, int] = {}
+        self._deciding = asyncio.Lock()  # two offers at once must not get the same memory
         self._tasks = TaskSet("stages")
         self._handle("stage.offer", self._offer)
+        self._handle("stage.withdraw", self._withdraw)
         self._handle("stage.start", self._start)
         self._handle("stage.command", self._command)
         self._handle("stage.stop", self._stop)
@@ -134,15 +137,36 @@ class StageHost:
             return to_map(OfferAnswer(False, 0, "it follows another coordinator"))
         if offer.epoch < self._epochs.get(offer.job, 0):
             raise StaleEpochError(f"job {offer.job} is already in a later epoch here")
+        async with self._deciding:
+            return to_map(await self._decide(offer, coordinator))
+
+    async def _decide(self, offer: Offer, coordinator: DeviceId) -> OfferAnswer:
+        """Grant the memory, or decline with what there is; a newer epoch replaces an older one."""
         held = self._held.get(offer.job)
-        free = self._available_bytes() + (held.offer.memory_bytes if held else 0)
+        if held is not None and held.process is not None:
+            if offer.epoch == held.offer.epoch:
+                raise StaleEpochError(f"job {offer.job} already runs here in epoch {offer.epoch}")
+            await self._release(offer.job)
+            held = None
+        available_bytes = await asyncio.to_thread(self._available_bytes)
+        free = available_bytes + (held.offer.memory_bytes if held else 0)
         if offer.memory_bytes > free:
-            return to_map(OfferAnswer(False, free, "not enough memory is available now"))
+            return OfferAnswer(False, free, "not enough memory is available now")
         self._epochs[offer.job] = offer.epoch
+        while len(self._epochs) > MAX_REMEMBERED_EPOCHS:
+            self._epochs.pop(next(iter(self._epochs)))
         now = asyncio.get_running_loop().time()
-        self._held[offer.job] = HeldStage(offer, now + OFFER_SECONDS)
+        self._held[offer.job] = HeldStage(offer, coordinator, now + OFFER_SECONDS)
         self._grants_changed()
-        return to_map(OfferAnswer(True, free))
+        return OfferAnswer(True, free)
+
+    async def _withdraw(self, coordinator: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
+        """Free a grant that the final plan does not use; only who made the offer may."""
+        message = from_map(StopStage, params)
+        held = self._held.get(message.job)
+        if held is not None and held.process is None and held.coordinator == coordinator:
+            await self._release(message.job)
+        return {}
 
     async def _start(self, owner: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
         assignment = from_map(StageAssignment, params)
@@ -170,7 +194,7 @@ class StageHost:
 
         async def one(digest: Digest, size_bytes: int) -> tuple[Digest, BlobRange]:
             async with gate:
-                found = self._store.locate(digest)
+                found = await asyncio.to_thread(self._store.locate, digest)
                 if found is None:
                     await fetch(
                         self._store,
@@ -180,7 +204,7 @@ class StageHost:
                         digest,
                         size_bytes,
                     )
-                    found = self._store.locate(digest)
+                    found = await asyncio.to_thread(self._store.locate, digest)
             if found is None or found[2] != size_bytes:
                 raise ProtocolError(f"blob {digest[:12]} has another size than announced")
             await progress.add(size_bytes)
@@ -191,9 +215,8 @@ class StageHost:
     async def _start_worker(
         self, held: HeldStage, assignment: StageAssignment, blobs: dict[Digest, BlobRange]
     ) -> StageStarted:
-        logs = self._home / "logs"
-        logs.mkdir(exist_ok=True)
-        held.process = await WorkerProcess.start(logs / f"worker-{assignment.job}.log")
+        log = self._home / "logs" / f"worker-{assignment.job}.log"
+        held.process = await WorkerProcess.start(log)
         loop = asyncio.get_running_loop()
         held.started = {kind: loop.create_future() for kind in (Listening, Loaded)}
         self._tasks.start(self._pump(held, held.process, assignment), f"events-{assignment.job}")

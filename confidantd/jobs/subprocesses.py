@@ -7,9 +7,10 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from confidantd.errors import ConfidantError, from_wire
+from confidantd.store.files import storage_error
 
 MAX_LINE_BYTES = 1024 * 1024
 
@@ -26,8 +27,7 @@ async def run_module(
     Raises the error the module printed, or `failure` with the last line of its
     standard error, which is kept in `log`. Cancelled: the subprocess is killed.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as errors:
+    with await asyncio.to_thread(open_log, log) as errors:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -50,6 +50,15 @@ async def run_module(
     if status != 0:
         line = await asyncio.to_thread(last_line, log)
         raise failure(f"{module} ended with status {status} ({line})", f"see {log}")
+
+
+def open_log(log: Path) -> BinaryIO:
+    """A new file for what a subprocess writes to standard error."""
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        return log.open("wb")
+    except OSError as failure:
+        raise storage_error(log, failure) from None
 
 
 def last_line(log: Path) -> str:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from confidantd.errors import WorkerError
-from confidantd.jobs.subprocesses import last_line
+from confidantd.jobs.subprocesses import last_line, open_log
 from confidantd.wire.worker import (
     LENGTH,
     MAX_PIPE_BYTES,
@@ -34,7 +34,7 @@ class WorkerProcess:
     @classmethod
     async def start(cls, log: Path) -> WorkerProcess:
         """Start the worker; what it writes to standard error goes to `log`."""
-        with log.open("wb") as errors:
+        with await asyncio.to_thread(open_log, log) as errors:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",

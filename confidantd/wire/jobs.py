@@ -5,6 +5,7 @@
 | `job.plan` | owner | coordinator | `PlanRequest` -> plan, nothing reserved |
 | `job.negotiate` | owner | coordinator | `PlanRequest` -> plan that every device accepted |
 | `stage.offer` | coordinator | device | `Offer` -> `OfferAnswer` |
+| `stage.withdraw` | coordinator | device | `StopStage`: the final plan does not use the offer |
 | `stage.start` | owner | device | `StageAssignment` -> `StageStarted` |
 | `stage.command` | owner | device | `StageCommand` |
 | `stage.event` (notify) | device | owner | `StageEvent` |
