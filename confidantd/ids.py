@@ -12,6 +12,7 @@ JobId = NewType("JobId", str)  # 12 hex digits, made by the owner
 Digest = NewType("Digest", str)  # SHA-256 of some bytes, 64 hex digits
 
 _DIGEST_CHARACTERS = 64
+_JOB_CHARACTERS = 12
 _HEX = frozenset("0123456789abcdef")
 
 
@@ -25,9 +26,14 @@ def digest_of(data: bytes | memoryview) -> Digest:
     return Digest(hashlib.sha256(data).hexdigest())
 
 
+def is_job_id(text: str) -> bool:
+    """True for 12 lower-case hex digits: safe as a part of a path."""
+    return len(text) == _JOB_CHARACTERS and _HEX.issuperset(text)
+
+
 def new_job_id() -> JobId:
     """A fresh random job id (48 bits)."""
-    return JobId(secrets.token_hex(6))
+    return JobId(secrets.token_hex(_JOB_CHARACTERS // 2))
 
 
 def short_id(device: DeviceId) -> str:

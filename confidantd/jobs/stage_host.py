@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from confidantd.errors import (
-    PeerLostError,
     ProtocolError,
     StaleEpochError,
     WorkerError,
 )
-from confidantd.ids import DeviceId, Digest, JobId
+from confidantd.ids import DeviceId, Digest, JobId, is_job_id
 from confidantd.jobs.peers import Peers
+from confidantd.jobs.stage_blobs import StageBlobs
 from confidantd.jobs.worker_process import WorkerProcess
 from confidantd.store.blobs import BlobStore
-from confidantd.store.fetch import fetch
 from confidantd.tasks import TaskSet
 from confidantd.wire.codec import from_map, to_map
 from confidantd.wire.jobs import (
@@ -28,7 +27,6 @@ from confidantd.wire.jobs import (
     OfferAnswer,
     StageCommand,
     StageEvent,
-    StageProgress,
     StageStarted,
     StopStage,
 )
@@ -53,7 +51,6 @@ _log = logging.getLogger(__name__)
 
 OFFER_SECONDS = 120.0  # a granted offer that is not started by then is forgotten
 LOAD_SECONDS = 300.0  # a phone reads a 1 GB stage from its flash in about a minute
-PARALLEL_FETCHES = 4
 MAX_REMEMBERED_EPOCHS = 1_000
 
 
@@ -86,6 +83,7 @@ class StageHost:
     ) -> None:
         self._peers = peers
         self._store = store
+        self._blobs = StageBlobs(peers, store)
         self._home = home
         self._hosts = hosts
         self._threads = threads
@@ -133,6 +131,8 @@ class StageHost:
     async def _offer(self, coordinator: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
         offer = from_map(Offer, params)
         self._forget_expired()
+        if not is_job_id(offer.job):
+            raise ProtocolError("an offer has no proper job id")
         if coordinator != self._coordinator():
             return to_map(OfferAnswer(False, 0, "it follows another coordinator"))
         if offer.epoch < self._epochs.get(offer.job, 0):
@@ -178,39 +178,11 @@ class StageHost:
             assignment, threads=self._threads, memory_bytes=held.offer.memory_bytes
         )
         try:
-            blobs = await self._fetch_blobs(owner, assignment)
+            blobs = await self._blobs.fetch(owner, assignment)
             return to_map(await self._start_worker(held, assignment, blobs))
         except BaseException:
             await self._release(assignment.job)
             raise
-
-    async def _fetch_blobs(
-        self, owner: DeviceId, assignment: StageAssignment
-    ) -> dict[Digest, BlobRange]:
-        sizes = {entry.digest: entry.bytes for entry in assignment.programs.values()}
-        sizes |= {t.digest: t.bytes for t in assignment.tensors + assignment.adapter_tensors}
-        progress = _FetchProgress(self._peers, owner, assignment, sum(sizes.values()))
-        gate = asyncio.Semaphore(PARALLEL_FETCHES)
-
-        async def one(digest: Digest, size_bytes: int) -> tuple[Digest, BlobRange]:
-            async with gate:
-                found = await asyncio.to_thread(self._store.locate, digest)
-                if found is None:
-                    await fetch(
-                        self._store,
-                        lambda d, offset, length: self._peers.read_blob(
-                            assignment.source, d, offset, length
-                        ),
-                        digest,
-                        size_bytes,
-                    )
-                    found = await asyncio.to_thread(self._store.locate, digest)
-            if found is None or found[2] != size_bytes:
-                raise ProtocolError(f"blob {digest[:12]} has another size than announced")
-            await progress.add(size_bytes)
-            return digest, BlobRange(str(found[0]), found[1], found[2])
-
-        return dict(await asyncio.gather(*(one(d, size) for d, size in sizes.items())))
 
     async def _start_worker(
         self, held: HeldStage, assignment: StageAssignment, blobs: dict[Digest, BlobRange]
@@ -279,6 +251,8 @@ class StageHost:
 
     async def _localised(self, command: Command, job: JobId) -> Command:
         """Fill in what only this device knows: addresses as seen from here, folders."""
+        if isinstance(command, Load):
+            raise ProtocolError("only the device itself loads a stage")
         if isinstance(command, Connect):
             return Connect(tuple(self._seen_from_here(a) for a in command.stages))
         if isinstance(command, Collect):
@@ -324,32 +298,6 @@ class StageHost:
             now = asyncio.get_running_loop().time()
             for job in [j for j, held in self._held.items() if held.expires < now]:
                 del self._held[job]
-
-
-class _FetchProgress:
-    """Tells the owner how many bytes of a stage have arrived, at every tenth."""
-
-    def __init__(self, peers: Peers, owner: DeviceId, assignment: StageAssignment, of: int) -> None:
-        self._peers = peers
-        self._owner = owner
-        self._assignment = assignment
-        self._of = of
-        self._done = 0
-        self._told = -1
-
-    async def add(self, size_bytes: int) -> None:
-        """Count a blob that is here."""
-        self._done += size_bytes
-        tenth = 10 * self._done // max(self._of, 1)
-        if tenth == self._told:
-            return
-        self._told = tenth
-        place = self._assignment
-        message = StageProgress(
-            place.job, place.epoch, place.stage, "distribute", self._done, self._of
-        )
-        with contextlib.suppress(PeerLostError):
-            await self._peers.notify(self._owner, "stage.progress", to_map(message))
 
 
 def _remove_folder(folder: Path) -> None:

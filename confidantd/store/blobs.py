@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakValueDictionary
 
-from confidantd.errors import CorruptFileError
-from confidantd.ids import Digest, digest_of
+from confidantd.errors import CorruptFileError, ProtocolError
+from confidantd.ids import Digest, digest_of, is_digest
 from confidantd.store.files import storage_error, sync_folder, write_atomically
 
 READ_BYTES = 1024 * 1024
@@ -52,12 +52,14 @@ class BlobStore:
             raise storage_error(self._blobs, failure) from None
 
     def path(self, digest: Digest) -> Path:
-        """Where the blob's own file is, or would be."""
+        """Where the blob's own file is, or would be. Digests come from peers: they name no path."""
+        if not is_digest(digest):
+            raise ProtocolError("a blob is not named by a SHA-256 digest")
         return self._blobs / digest
 
     def part_path(self, digest: Digest) -> Path:
         """Where an unfinished fetch of the blob is kept."""
-        return self._blobs / f"{digest}.part"
+        return self.path(digest).with_suffix(".part")
 
     def fetch_lock(self, digest: Digest) -> asyncio.Lock:
         """Held by whoever fetches the blob; lives as long as somebody holds or awaits it."""
