@@ -11,6 +11,7 @@ import asyncio
 import inspect
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -37,6 +38,8 @@ def pytest_configure() -> None:
         if name.startswith("CONFIDANT_") and name not in KEPT_SETTINGS:
             del os.environ[name]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # a shell starts background jobs with Ctrl-C ignored, which every child would inherit
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     lingering.mark_this_run()
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from confidantd.compiler.export import export
 from confidantd.compiler.generation import generation_programs
+from confidantd.compiler.program import Program, Traced
 from confidantd.compiler.training import training_programs
 from confidantd.errors import CompileError
 from confidantd.models.spec import ProgramRequest
@@ -15,6 +16,7 @@ from confidantd.models.spec import ProgramRequest
 
 def build(request: ProgramRequest) -> Iterator[tuple[int, int, str, bytes]]:
     """(programs done, programs in all, name, file content) after each program."""
+    programs: Sequence[Program | Traced]
     if request.purpose == "train":
         programs = training_programs(request)
     else:

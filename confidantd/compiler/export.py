@@ -14,20 +14,20 @@ from torch._decomp import core_aten_decompositions
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from confidantd.compiler.program import Port, Program
+from confidantd.compiler.gemm import use_gemm
+from confidantd.compiler.program import Port, Program, Traced, example_shape, free_size
 from confidantd.errors import CompileError
 from confidantd.models.programs import MANIFEST_KEY
 
 OPSET = 20  # onnxruntime 1.23, the oldest that workers run, reads opset 23 and IR 11;
 IR_VERSION = 10  # these two are what the exporter writes, and are checked so that it stays so
-_EXAMPLE_SIZES = {"b": 2, "T": 3, "C": 5}  # all different and over 1: export treats 0 and 1 alike
 
 
-def export(program: Program) -> bytes:
+def export(program: Program | Traced) -> bytes:
     """The ONNX file of a program, with its manifest in the metadata."""
-    names = [*(port.name for port in program.inputs), *program.constants]
-    model = _differentiated(program, names) if program.differentiates else _plain(program, names)
+    model = _traced(program) if isinstance(program, Traced) else _plain(program)
     _freeze(model, program.constants)
+    use_gemm(model.model.graph)
     proto = model.model_proto
     _strip(proto)
     entry = proto.metadata_props.add()
@@ -36,7 +36,7 @@ def export(program: Program) -> bytes:
     return bytes(proto.SerializeToString(deterministic=True))
 
 
-def _manifest(program: Program) -> dict[str, Any]:
+def _manifest(program: Program | Traced) -> dict[str, Any]:
     return {
         "program": program.name,
         "inputs": [dataclasses.asdict(port) for port in program.inputs],
@@ -49,9 +49,41 @@ def _call(program: Program, names: list[str], arguments: tuple[Tensor, ...]) -> 
     return tuple(found[port.name] for port in program.outputs)
 
 
+def _traced(program: Traced) -> Any:
+    """A graph that is there already; fake tensors need no memory."""
+    shapes = {port.name: port for port in program.inputs}
+    named = [shapes.get(name) for name in program.arguments]
+    with FakeTensorMode():
+        arguments = tuple(
+            torch.empty(program.constants[name].shape) if port is None else _example(port)
+            for name, port in zip(program.arguments, named, strict=True)
+        )
+        free = tuple({} if port is None else _free(port) for port in named)
+        return _onnx(program.graph, arguments, program, list(program.arguments), free)
+
+
+def _free(port: Port) -> dict[int, Any]:
+    """The free dimensions of a port, as export takes them."""
+    found = {}
+    for axis, size in enumerate(port.shape):
+        if isinstance(size, str):
+            factor, symbol = free_size(size)
+            found[axis] = factor * torch.export.Dim(symbol)
+    return found
+
+
+def _plain(program: Program) -> Any:
+    names = [*(port.name for port in program.inputs), *program.constants]
+    if program.differentiates:
+        return _differentiated(program, names)
+    arguments = (*(_example(port) for port in program.inputs), *program.constants.values())
+    free = [_free(port) for port in program.inputs]
+    dynamic = ((*free, *({} for _ in program.constants)),) if any(free) else None
+    return _onnx(_Module(program, names).eval(), arguments, program, names, dynamic)
+
+
 def _example(port: Port) -> Tensor:
-    shape = [_EXAMPLE_SIZES[size] if isinstance(size, str) else size for size in port.shape]
-    return torch.empty(shape, dtype=getattr(torch, port.dtype))
+    return torch.empty(example_shape(port), dtype=getattr(torch, port.dtype))
 
 
 def _differentiated(program: Program, names: list[str]) -> Any:
@@ -77,24 +109,10 @@ class _Module(torch.nn.Module):  # type: ignore[misc]
         return _call(self._program, self._names, values)
 
 
-def _plain(program: Program, names: list[str]) -> Any:
-    arguments = (*(_example(port) for port in program.inputs), *program.constants.values())
-    free = [
-        {i: size for i, size in enumerate(port.shape) if isinstance(size, str)}
-        for port in program.inputs
-    ]
-    dynamic = None
-    if any(free):
-        dims = {size: torch.export.Dim(size) for sizes in free for size in sizes.values()}
-        shapes = [{i: dims[size] for i, size in sizes.items()} for sizes in free]
-        dynamic = ((*shapes, *({} for _ in program.constants)),)
-    return _onnx(_Module(program, names).eval(), arguments, program, names, dynamic)
-
-
 def _onnx(
     module: torch.nn.Module,
     arguments: tuple[Tensor, ...],
-    program: Program,
+    program: Program | Traced,
     names: list[str],
     dynamic: Any,
 ) -> Any:
@@ -131,7 +149,7 @@ def _strip(message: Any) -> None:
                 _strip(part)
 
 
-def _check(program: Program, proto: Any) -> None:
+def _check(program: Program | Traced, proto: Any) -> None:
     opsets = {entry.domain: entry.version for entry in proto.opset_import}
     if opsets.get("", 0) > OPSET or proto.ir_version > IR_VERSION or len(opsets) != 1:
         raise CompileError(

@@ -47,29 +47,37 @@ def _embedding(spec: ModelSpec) -> Program:
 
 def decode_block(values: Values, spec: BlockSpec) -> Values:
     """One block over T positions that follow `past` cached ones."""
-    x, past = values["x"], values["past"]
-    h = maths.norm(x, "norm1", values, spec)
-    q, k, v = (t.transpose(1, 2) for t in maths.query_key_value(h, values, spec, 0.0))
-    steps = torch.arange(x.shape[1])
+    x = values["x"]
+    tokens = x.reshape(-1, spec.hidden)
+    o, k, v = decode_attention({**values, "x": tokens}, spec, x.shape[0])
+    tokens = tokens + o
+    y = tokens + maths.mlp(tokens, values, spec, 0.0)
+    return {"y": y.reshape(x.shape), "key": k, "value": v}
+
+
+def decode_attention(values: Values, spec: BlockSpec, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention output [N, D] of tokens x [N, D], and their keys and values [b, K, T, d]."""
+    h = maths.norm(values["x"], "norm1", values, spec)
+    q, k, v = maths.query_key_value(h, rows, values, spec, 0.0)
     if spec.rope is not None:
-        angles = (steps + past).to(torch.float32).unsqueeze(1) * values["frequencies"]
+        positions = torch.arange(k.shape[2]) + values["past"]
+        angles = positions.to(torch.float32).unsqueeze(1) * values["frequencies"]
         cosine, sine = maths.rope_tables(angles)
         q, k = maths.rotate(q, cosine, sine), maths.rotate(k, cosine, sine)
-    o = maths.merge_heads(_attend(maths.grouped(q, spec), k, v, values, spec), spec)
-    y = maths.mlp(x + maths.linear(o, "o", values, 0.0), values, spec, 0.0)
-    return {"y": y, "key": k, "value": v}
+    o = maths.merge_heads(_attend(q, k, v, values, spec), spec.heads // spec.kv_heads)
+    return maths.linear(o, "o", values, 0.0), k, v
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, values: Values, spec: BlockSpec) -> Tensor:
-    """Attention of q [b, K, G T, d] over the valid part of the cache and the new k and v."""
+    """Attention of q [b, H, T, d] over the valid part of the cache and the new k and v."""
     steps, capacity = k.shape[2], values["past_key"].shape[2]
-    old = q @ values["past_key"].transpose(-1, -2)
-    new = q @ k.transpose(-1, -2)
-    scores = torch.cat([old, new], -1) * spec.head_dim**-0.5
+    q = maths.grouped(q, k.shape[1])
+    scores = torch.cat([q @ values["past_key"].transpose(-1, -2), q @ k.transpose(-1, -2)], -1)
     position = torch.arange(steps)
     empty = (torch.arange(capacity) >= values["past"]).unsqueeze(0).expand(steps, capacity)
     later = position.unsqueeze(0) > position.unsqueeze(1)
-    weights = maths.masked_softmax(scores, torch.cat([empty, later], -1), spec)
+    groups = spec.heads // spec.kv_heads
+    weights = maths.masked_softmax(scores, torch.cat([empty, later], -1), groups)
     return weights[..., :capacity] @ values["past_value"] + weights[..., capacity:] @ v
 
 

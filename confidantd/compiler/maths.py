@@ -2,8 +2,10 @@
 
 Written with operations whose derivatives the ONNX exporter can translate: no `silu`
 or `gelu` (their derivatives decompose to `empty_permuted`) and no `pow` (slow in
-ONNX Runtime). Shapes: B rows, S or T positions, D hidden, H query heads over K
-key-value heads, G = H / K, d head size, C cached positions.
+ONNX Runtime). Shapes: B rows, S or T positions, N tokens (all positions of all rows),
+D hidden, H query heads over K key-value heads, G = H / K, d head size, C cached positions.
+Tokens stay a matrix [N, D] except within the attention: each product is then one plain
+matrix product, which providers run fastest.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from confidantd.models.layout import output_major
 from confidantd.models.spec import Activation, BlockSpec, RopeSpec
 
 Weights = Mapping[str, Tensor]
@@ -31,14 +34,20 @@ def norm(x: Tensor, name: str, weights: Weights, block: BlockSpec) -> Tensor:
     return scaled * weight + weights[f"{name}.bias"]
 
 
-def linear(x: Tensor, name: str, weights: Weights, lora_scale: float) -> Tensor:
-    """x W + b, and the low-rank product beside it where the module has an adapter."""
-    y = x @ weights[f"{name}.weight"]
-    if f"{name}.bias" in weights:
-        y = y + weights[f"{name}.bias"]
-    if f"{name}.lora_a" in weights:
-        low = x @ weights[f"{name}.lora_a"]
-        y = y + low @ weights[f"{name}.lora_b"] * lora_scale
+def linear(
+    x: Tensor, name: str, weights: Weights, lora_scale: float, adapter: str | None = None
+) -> Tensor:
+    """x [N, in] times a matrix, plus its bias, plus the low-rank product of its adapter.
+
+    `adapter` names the module whose factor A is read, where that is another one.
+    """
+    weight = weights[f"{name}.weight"]
+    matrix = weight.t() if output_major(name) else weight
+    bias = weights.get(f"{name}.bias")
+    y = x @ matrix if bias is None else torch.addmm(bias, x, matrix)
+    if f"{name}.lora_b" in weights:
+        low = x @ weights[f"{adapter or name}.lora_a"]
+        y = y + (low * lora_scale) @ weights[f"{name}.lora_b"].t()
     return y
 
 
@@ -90,52 +99,63 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 def query_key_value(
-    h: Tensor, weights: Weights, block: BlockSpec, lora_scale: float
+    h: Tensor, rows: int, weights: Weights, block: BlockSpec, lora_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query [B, T, H, d], key and value [B, T, K, d] of the normed input h [B, T, D]."""
-    rows, length = h.shape[0], h.shape[1]
-    size = block.head_dim
-    if block.fused_qkv:
+    """Query [B, H, T, d], key and value [B, K, T, d] of the normed tokens h [N, D].
+
+    H and K are those of the weights given: all heads, or the groups of one part.
+    """
+    size, groups = block.head_dim, block.heads // block.kv_heads
+    if "qkv.weight" in weights:
         fused = linear(h, "qkv", weights, lora_scale)
-        ends = (block.heads * size, (block.heads + block.kv_heads) * size)
-        q, k, v = fused[..., : ends[0]], fused[..., ends[0] : ends[1]], fused[..., ends[1] :]
+        widths = [block.heads * size, block.kv_heads * size, block.kv_heads * size]
+        q, k, v = torch.split(fused, widths, -1)
+        kv_heads = block.kv_heads
     else:
-        q, k, v = (linear(h, name, weights, lora_scale) for name in ("q", "k", "v"))
+        shared = "qkv" if block.fused_qkv else None  # parts of a fused product share its A
+        q, k, v = (linear(h, name, weights, lora_scale, shared) for name in ("q", "k", "v"))
+        kv_heads = weights["k.weight"].shape[0] // size
     return (
-        q.reshape(rows, length, block.heads, size),
-        k.reshape(rows, length, block.kv_heads, size),
-        v.reshape(rows, length, block.kv_heads, size),
+        _heads(q, rows, kv_heads * groups, size),
+        _heads(k, rows, kv_heads, size),
+        _heads(v, rows, kv_heads, size),
     )
 
 
-def grouped(q: Tensor, block: BlockSpec) -> Tensor:
-    """Query [B, H, T, d] as [B, K, G T, d]: a group's heads read one key-value head."""
-    groups = block.heads // block.kv_heads
-    return q.reshape(q.shape[0], block.kv_heads, groups * q.shape[2], block.head_dim)
+def _heads(x: Tensor, rows: int, heads: int, size: int) -> Tensor:
+    """[N, heads d] as [B, heads, T, d]."""
+    return x.reshape(rows, x.shape[0] // rows, heads, size).transpose(1, 2)
 
 
-def masked_softmax(scores: Tensor, hidden: Tensor, block: BlockSpec) -> Tensor:
+def grouped(q: Tensor, kv_heads: int) -> Tensor:
+    """Query [B, H, T, d], scaled, as [B, K, G T, d]: a group's heads read one key-value head."""
+    groups = q.shape[1] // kv_heads
+    size = q.shape[3]
+    return (q * size**-0.5).reshape(q.shape[0], kv_heads, groups * q.shape[2], size)
+
+
+def masked_softmax(scores: Tensor, hidden: Tensor, groups: int) -> Tensor:
     """Softmax of scores [B, K, G T, N] without the positions that `hidden` [T, N] marks."""
     rows, kv_heads, length, columns = scores.shape
-    groups = block.heads // block.kv_heads
     split = scores.reshape(rows, kv_heads, groups, length // groups, columns)
     weights = torch.softmax(split + torch.where(hidden, _MASKED, 0.0), -1)
     return weights.reshape(rows, kv_heads, length, columns)
 
 
-def merge_heads(o: Tensor, block: BlockSpec) -> Tensor:
-    """Attention output [B, K, G T, d] as [B, T, H d]."""
-    rows, length = o.shape[0], o.shape[2] // (block.heads // block.kv_heads)
-    heads = o.reshape(rows, block.heads, length, block.head_dim)
-    return heads.transpose(1, 2).reshape(rows, length, block.heads * block.head_dim)
+def merge_heads(o: Tensor, groups: int) -> Tensor:
+    """Attention output [B, K, G T, d] as tokens [N, H d]."""
+    rows, kv_heads, size = o.shape[0], o.shape[1], o.shape[3]
+    length = o.shape[2] // groups
+    heads = o.reshape(rows, kv_heads * groups, length, size)
+    return heads.transpose(1, 2).reshape(rows * length, kv_heads * groups * size)
 
 
 def mlp(x: Tensor, weights: Weights, block: BlockSpec, lora_scale: float) -> Tensor:
-    """x plus the MLP of its norm."""
+    """The MLP of the norm of tokens x [N, D], without x itself."""
     h = norm(x, "norm2", weights, block)
     up = linear(h, "up", weights, lora_scale)
     if block.gated:
         inner = activate(linear(h, "gate", weights, lora_scale), block.activation) * up
     else:
         inner = activate(up, block.activation)
-    return x + linear(inner, "down", weights, lora_scale)
+    return linear(inner, "down", weights, lora_scale)

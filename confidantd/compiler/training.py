@@ -1,8 +1,4 @@
-"""The programs of a training job: static shapes [b, S], backward by torch's own autodiff.
-
-Backward programs recompute their forward: they take a block's input x, the gradient
-dy of its output, and the weights.
-"""
+"""The programs of a training job: static shapes [b, S], backward by torch's own autodiff."""
 
 from __future__ import annotations
 
@@ -14,16 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from confidantd.compiler import maths
-from confidantd.compiler.program import Port, Program, Values, gradients, ports
-from confidantd.models.layout import (
-    Parameter,
-    block_layout,
-    embedding_layout,
-    head_layout,
-    lora_layout,
-)
+from confidantd.compiler.program import Port, Program, Traced, Values, gradients, ports
+from confidantd.compiler.tracing import unit_programs
+from confidantd.compiler.units import training_units
+from confidantd.models.layout import embedding_layout, head_layout
 from confidantd.models.spec import BlockSpec, ProgramRequest
-from confidantd.models.tensors import target_linears
 
 IGNORED_LABEL = -100  # as in torch.nn.functional.cross_entropy
 
@@ -34,9 +25,12 @@ def _vjp(function: Callable[[Values], Tensor], values: dict[str, Tensor]) -> tup
     return found[0], lambda gradient: found[1](gradient)[0]
 
 
-def training_programs(request: ProgramRequest) -> list[Program]:
+def training_programs(request: ProgramRequest) -> list[Program | Traced]:
     """Every program of the request."""
-    programs = [_embedding_forward(request), *_blocks(request), *_head(request)]
+    units = [p for unit in training_units(request) for p in unit_programs(unit, request)]
+    if request.split:
+        return [*units]
+    programs: list[Program | Traced] = [_embedding_forward(request), *units, *_head(request)]
     if request.method == "full":
         programs.append(_embedding_backward(request))
     return programs
@@ -82,71 +76,6 @@ def _embedding_backward(request: ProgramRequest) -> Program:
     inputs = (_hidden(request, "dy", "gradient"), _ids(request, "ids"))
     outputs = gradients(layout)
     return Program("embedding_backward", inputs, outputs, compute, differentiates=True)
-
-
-def block(x: Tensor, weights: Values, spec: BlockSpec, lora_scale: float) -> Tensor:
-    """One block over whole sequences x [B, S, D]; `weights` also has the rotary tables."""
-    h = maths.norm(x, "norm1", weights, spec)
-    q, k, v = (
-        t.transpose(1, 2) for t in maths.query_key_value(h, weights, spec, lora_scale)
-    )  # [B, heads, S, d]
-    if spec.rope is not None:
-        cosine, sine = weights["cosine"], weights["sine"]
-        q, k = maths.rotate(q, cosine, sine), maths.rotate(k, cosine, sine)
-    scores = maths.grouped(q, spec) @ k.transpose(-1, -2) * spec.head_dim**-0.5
-    positions = torch.arange(x.shape[1])
-    later = positions.unsqueeze(0) > positions.unsqueeze(1)
-    o = maths.merge_heads(maths.masked_softmax(scores, later, spec) @ v, spec)
-    x = x + maths.linear(o, "o", weights, lora_scale)
-    return maths.mlp(x, weights, spec, lora_scale)
-
-
-def _blocks(request: ProgramRequest) -> tuple[Program, Program]:
-    spec, lora = request.model.block, request.lora
-    scale = lora.scale if lora is not None else 0.0
-    layout, adapter = block_layout(spec), _adapter_layout(request)
-    trained = [p.name for p in (adapter if lora is not None else layout)]
-
-    def backward(values: Values) -> Values:
-        moving = {name: values[name] for name in ("x", *trained)}
-        _, vjp = _vjp(lambda m: block(m["x"], {**values, **m}, spec, scale), moving)
-        found = vjp(values["dy"])
-        return {"dx": found["x"]} | {f"gradient.{name}": found[name] for name in trained}
-
-    inputs = (*ports(layout), *ports(adapter, "adapter"))
-    forward_program = Program(
-        "block_forward",
-        (_hidden(request, "x"), *inputs),
-        (_hidden(request, "y"),),
-        lambda values: {"y": block(values["x"], values, spec, scale)},
-        _rope_tables(request),
-    )
-    backward_program = Program(
-        "block_backward",
-        (_hidden(request, "dy", "gradient"), _hidden(request, "x"), *inputs),
-        (_hidden(request, "dx", "gradient"), *gradients(adapter if lora is not None else layout)),
-        backward,
-        _rope_tables(request),
-        differentiates=True,
-    )
-    return forward_program, backward_program
-
-
-def _adapter_layout(request: ProgramRequest) -> tuple[Parameter, ...]:
-    if request.lora is None:
-        return ()
-    found = target_linears(request.model, request.lora.targets)
-    return tuple(p for linear in found for p in lora_layout(linear, request.lora))
-
-
-def _rope_tables(request: ProgramRequest) -> dict[str, Tensor]:
-    spec = request.model.block
-    if spec.rope is None:
-        return {}
-    positions = torch.arange(request.sequence_length, dtype=torch.float32)
-    frequencies = maths.rope_frequencies(spec.rope, spec.head_dim)
-    cosine, sine = maths.rope_tables(torch.outer(positions, frequencies))
-    return {"cosine": cosine, "sine": sine}
 
 
 def next_token_loss(x: Tensor, labels: Tensor, weights: Values, spec: BlockSpec) -> Tensor:

@@ -8,6 +8,7 @@ import numpy as np
 
 from confidantd.engine.tensors import Floats, Reader, load
 from confidantd.models.adapter import adapter_sources
+from confidantd.models.layout import output_major
 from confidantd.models.spec import LoraSpec, ModelSpec
 from confidantd.models.tensors import Source
 
@@ -36,7 +37,7 @@ def load_factor(source: Source, read: Reader | None, seed: int) -> Floats:
 def merge(
     weights: dict[str, Floats], spec: ModelSpec, lora: LoraSpec, layer: int, read: Reader
 ) -> None:
-    """W += (alpha / rank) A B for every target of one block; `weights` become private copies."""
+    """W += (alpha / rank) A B^T for every target of one block; `weights` become private copies."""
     factors = {
         source.parameter.name: load(source, read, writable=False)
         for source in adapter_sources(spec, lora, layer)
@@ -44,7 +45,7 @@ def merge(
     for name, a in factors.items():
         module, kind = name.split(".")
         if kind == "lora_a":
-            delta = (a @ factors[f"{module}.lora_b"]) * np.float32(lora.scale)
+            delta = (a @ factors[f"{module}.lora_b"].T) * np.float32(lora.scale)  # [in, out]
             weight = np.array(weights[f"{module}.weight"])
-            weight += delta
+            weight += delta.T if output_major(module) else delta
             weights[f"{module}.weight"] = weight

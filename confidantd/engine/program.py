@@ -7,97 +7,137 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
+import numpy as np
 from numpy.typing import NDArray
-from onnxruntime.capi import onnxruntime_pybind11_state as failures
 
-from confidantd.errors import CorruptFileError, WorkerError
+from confidantd.engine.backends.base import (
+    RUN_FAILURES,
+    Backend,
+    SessionSetting,
+    first_line,
+)
+from confidantd.engine.backends.cpu import CpuBackend
+from confidantd.errors import BackendError, CorruptFileError, WorkerError
 from confidantd.models.programs import MANIFEST_KEY
 
-_LOAD_FAILURES = (
-    failures.Fail,
-    failures.InvalidArgument,
-    failures.InvalidGraph,
-    failures.InvalidProtobuf,
-    failures.NoSuchFile,
-    failures.NotImplemented,
-    failures.RuntimeException,
-)
-_RUN_FAILURES = (
-    failures.Fail,
-    failures.InvalidArgument,
-    failures.NotImplemented,
-    failures.RuntimeException,
-)
-_FATAL = 4  # log level: every failure is raised anyway
+Array = NDArray[Any]
 
 
 class EngineProgram:
-    """Runs one program; all blocks of a stage share it with their own weights as inputs."""
+    """Runs one program; all blocks of a stage share it with their own weights as inputs.
 
-    def __init__(self, path: Path, threads: int) -> None:
+    On a backend that shares the host's memory, arrays are read and written in place.
+    """
+
+    def __init__(self, path: Path, backend: Backend, setting: SessionSetting) -> None:
+        self._session = backend.session(path, setting)
+        self._backend = backend
         try:
-            self._session = onnxruntime.InferenceSession(
-                str(path), session_options(threads), providers=["CPUExecutionProvider"]
-            )
             metadata = self._session.get_modelmeta().custom_metadata_map
             manifest = json.loads(metadata[MANIFEST_KEY])
-        except (*_LOAD_FAILURES, KeyError, ValueError) as failure:
+        except (KeyError, ValueError) as failure:
             raise CorruptFileError(
-                f"{path} is not a program this device can run ({_first_line(failure)})"
+                f"{path} is not a program this device can run ({first_line(failure)})"
             ) from None
         self.name: str = manifest["program"]
-        self._inputs = tuple(port["name"] for port in manifest["inputs"])
-        self._outputs = [port["name"] for port in manifest["outputs"]]
+        self.inputs = tuple(str(port["name"]) for port in manifest["inputs"])
+        self.outputs = tuple(str(port["name"]) for port in manifest["outputs"])
+        shapes = {value.name: value.shape for value in self._session.get_outputs()}
+        self._shapes: dict[str, tuple[int, ...]] = {
+            name: tuple(shape) for name, shape in shapes.items() if _is_known(shape)
+        }
+        ranks = {value.name: value.shape for value in self._session.get_inputs()}
+        self._input_shapes = {n: tuple(s) for n, s in ranks.items() if _is_known(s)}
 
-    def run(self, *values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Outputs by name; inputs are looked up in `values`, the first that has a name wins."""
-        feeds = {name: _find(name, values) for name in self._inputs}
+    def run(
+        self,
+        *values: Mapping[str, Array],
+        into: Mapping[str, Array] | None = None,
+        only: tuple[str, ...] | None = None,
+    ) -> dict[str, Array]:
+        """Outputs by name (all, or `only` some).
+
+        Inputs are looked up in `values`, the first that has a name wins; their shape may
+        be another view of the same elements. Outputs named in `into` are written there.
+        """
+        feeds = {name: self._shaped(name, _find(name, values)) for name in self.inputs}
+        names = self.outputs if only is None else only
+        into = {} if into is None else into
         try:
-            found = self._session.run(self._outputs, feeds)
-        except _RUN_FAILURES as failure:
-            if "allocate" in str(failure):
-                raise MemoryError(f"{self.name}: {_first_line(failure)}") from None
-            raise WorkerError(f"program {self.name} failed: {_first_line(failure)}") from None
-        return dict(zip(self._outputs, found, strict=True))
+            if self._backend.shares_host_memory and all(name in self._shapes for name in names):
+                return self._run_bound(feeds, names, into)
+            found = self._session.run(list(names), feeds)
+        except RUN_FAILURES as failure:
+            raise self._failed(failure) from None
+        outputs = dict(zip(names, found, strict=True))
+        for name, array in into.items():
+            array.reshape(-1)[...] = outputs[name].reshape(-1)
+            outputs[name] = array
+        return outputs
+
+    def _shaped(self, name: str, array: Array) -> Array:
+        shape = self._input_shapes.get(name)
+        return array if shape is None or array.shape == shape else array.reshape(shape)
+
+    def _run_bound(
+        self, feeds: Mapping[str, Array], names: tuple[str, ...], into: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """Run on the arrays themselves: nothing is copied in or out."""
+        binding = self._session.io_binding()
+        held = []  # contiguous copies must outlive the run
+        for name, given in feeds.items():
+            array = np.ascontiguousarray(given)
+            held.append(array)
+            binding.bind_input(name, "cpu", 0, array.dtype.type, given.shape, array.ctypes.data)
+        outputs = {}
+        for name in names:
+            array = into[name] if name in into else np.empty(self._shapes[name], np.float32)
+            outputs[name] = array
+            shape = self._shapes[name]
+            binding.bind_output(name, "cpu", 0, np.float32, shape, array.ctypes.data)
+        self._session.run_with_iobinding(binding)
+        return outputs
+
+    def _failed(self, failure: Exception) -> Exception:
+        reason = first_line(failure)
+        if "allocate" in str(failure):
+            return MemoryError(f"{self.name}: {reason}")
+        if self._backend.name == CpuBackend.name:
+            return WorkerError(f"program {self.name} failed: {reason}")
+        return BackendError(f"{self._backend.name} failed in {self.name}: {reason}")
 
 
-def session_options(threads: int) -> onnxruntime.SessionOptions:
-    """How every session of this project runs."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = _FATAL
-    # spinning threads starve the other stages and links of a small machine
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # an arena keeps 20 to 40 % more memory than is in use (100M trained weights: 1.9 against
-    # 1.6 GB) and never gives it back; it would save a seventh of the backward's time
-    options.enable_cpu_mem_arena = False
-    return options
+def _is_known(shape: Any) -> bool:
+    return all(isinstance(size, int) for size in shape)
 
 
-def _find(name: str, values: tuple[Mapping[str, NDArray[Any]], ...]) -> NDArray[Any]:
+def _find(name: str, values: tuple[Mapping[str, Array], ...]) -> Array:
     for mapping in values:
         if name in mapping:
             return mapping[name]
     raise KeyError(name)
 
 
-def _first_line(failure: Exception) -> str:
-    return str(failure).strip().partition("\n")[0][:300]
+Programs = dict[str, EngineProgram]
 
 
-def load_programs(paths: Mapping[str, Path], names: set[str], threads: int) -> Programs:
-    """The programs `names`. `embedding_backward` gets one thread: it adds rows of repeated
-    tokens to one place, which threads would do in a race.
+def load_programs(
+    paths: Mapping[str, Path], names: set[str], threads: int, backend: Backend | None = None
+) -> Programs:
+    """The programs `names`, on the CPU unless another backend is given.
+
+    `embedding_backward` gets one thread: it adds rows of repeated tokens to one place,
+    which threads would do in a race.
     """
     missing = sorted(names - paths.keys())
     if missing:
         raise WorkerError(f"this stage was not given the program {missing[0]}")
+    found = backend or CpuBackend()
     return {
-        name: EngineProgram(paths[name], 1 if name == "embedding_backward" else threads)
+        name: EngineProgram(
+            paths[name],
+            found,
+            SessionSetting(threads=1 if name == "embedding_backward" else threads),
+        )
         for name in sorted(names)
     }
-
-
-Programs = dict[str, EngineProgram]

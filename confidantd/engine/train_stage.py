@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from confidantd.engine.adamw import Step
+from confidantd.engine.blocks import BlockRunner, FusedBlocks, Saved
 from confidantd.engine.program import load_programs
 from confidantd.engine.tensors import Floats, Reader
 from confidantd.engine.trained_weights import StageWeights
@@ -19,14 +20,18 @@ from confidantd.wire.stage import StageSpec
 
 Array = NDArray[Any]
 IGNORED_LABEL = -100
+BLOCK_PROGRAMS = {"block_forward", "block_recompute", "block_backward"}
 
 
 @dataclass(slots=True)
 class _Kept:
-    """What the backward of a microbatch needs: ids, the input of each block and of the head."""
+    """What the backward of a microbatch needs: ids, the input of each block and of the head,
+    and in the saved form what each block's forward saved.
+    """
 
     ids: Array | None = None
     inputs: list[Floats] = field(default_factory=list)
+    saved: list[Saved | None] = field(default_factory=list)
 
 
 class TrainStage:
@@ -47,6 +52,9 @@ class TrainStage:
     ) -> None:
         self._spec = spec
         self._programs = load_programs(programs, _needed(spec), threads)
+        self._blocks: BlockRunner | None = None
+        if spec.past_last_layer > spec.first_layer:
+            self._blocks = FusedBlocks(load_programs(programs, BLOCK_PROGRAMS, threads))
         self._weights = StageWeights(spec, read, read_adapter)
         self._kept: dict[int, _Kept] = {}
         self._labels: dict[int, tuple[Array, Array]] = {}
@@ -61,11 +69,16 @@ class TrainStage:
         x = self._enter(x)
         for block in self._weights.blocks:
             kept.inputs.append(x)
-            x = self._programs["block_forward"].run({"x": x}, block.weights)["y"]
+            x, saved = self._runner().forward(x, block, keep=self._spec.form == "saved")
+            kept.saved.append(saved)
         if self._spec.head:
             kept.inputs.append(x)
             return None
         return x
+
+    def _runner(self) -> BlockRunner:
+        assert self._blocks is not None  # a stage with blocks has one
+        return self._blocks
 
     def _enter(self, x: Array) -> Array:
         if not self._spec.embedding:
@@ -90,22 +103,22 @@ class TrainStage:
         if dx is None:
             raise WorkerError("only the head stage starts a backward without a gradient")
         for block in reversed(self._weights.blocks):
-            feeds = {"dy": dx, "x": kept.inputs.pop()}
-            found = self._programs["block_backward"].run(feeds, block.weights)
-            block.add_gradients(found)
-            dx = found["dx"]
+            dx = self._runner().backward(dx, kept.inputs.pop(), kept.saved.pop(), block)
         if kept.ids is None:
             return dx
         if self._spec.training == "full":
-            found = self._programs["embedding_backward"].run({"dy": dx, "ids": kept.ids})
-            self._weights.embedding.add_gradients(found)
+            group = self._weights.embedding
+            feeds = {"dy": dx, "ids": kept.ids}
+            program = self._programs["embedding_backward"]
+            group.add_gradients(program.run(feeds, into=group.gradient_targets()))
         return None
 
     def _head_backward(self, microbatch: int, x: Floats) -> Floats:
         labels, scale = self._labels.pop(microbatch)
         head = self._weights.head
         feeds = {"x": x, "labels": labels, "scale": scale}
-        found = self._programs["head_backward"].run(feeds, head.weights)
+        targets = head.gradient_targets()
+        found = self._programs["head_backward"].run(feeds, head.weights, into=targets)
         head.add_gradients(found)
         self._loss += float(found["loss"])
         return found["dx"]
@@ -122,7 +135,7 @@ class TrainStage:
         """
         x = self._enter(x)
         for block in self._weights.blocks:
-            x = self._programs["block_forward"].run({"x": x}, block.weights)["y"]
+            x, _ = self._runner().forward(x, block, keep=False)
         if not self._spec.head:
             return x, None
         if labels is None:
@@ -136,15 +149,14 @@ class TrainStage:
         end = self._weights.tied_end()
         if end is None:
             return None
-        if end.gradient is None:
-            return np.zeros_like(end.weight)
-        return end.gradient
+        gradient = end.gradient
+        return np.zeros_like(end.weight) if gradient is None else gradient
 
     def add_tied_gradient(self, other: Floats) -> None:
         """Add the other end's part. Addition commutes, so both ends hold the same bits."""
         end = self._weights.tied_end()
         if end is not None:
-            end.add(np.array(other) if end.gradient is None else other)
+            end.add(other)
 
     def gradient_square_sum(self) -> float:
         """Over this stage's gradients; a tied table counts at the embedding stage only."""
@@ -163,15 +175,15 @@ class TrainStage:
 
     def resident_bytes(self) -> dict[str, int]:
         """Memory by kind: weights, gradients, moments, kept (of microbatches in flight now)."""
-        kept = sum(a.nbytes for kept in self._kept.values() for a in kept.inputs)
-        return self._weights.resident_bytes() | {"kept": kept}
+        inputs = [a for kept in self._kept.values() for a in kept.inputs]
+        saved = [s for kept in self._kept.values() for s in kept.saved if s is not None]
+        held = sum(a.nbytes for a in inputs) + sum(s.bytes for s in saved)
+        return self._weights.resident_bytes() | {"kept": held}
 
 
 def _needed(spec: StageSpec) -> set[str]:
-    """Names of the programs that a stage runs."""
-    names = set()
-    if spec.past_last_layer > spec.first_layer:
-        names |= {"block_forward", "block_backward"}
+    """Names of the programs that a stage runs at the model's ends."""
+    names: set[str] = set()
     if spec.embedding:
         names |= {"embedding_forward"}
         names |= {"embedding_backward"} if spec.training == "full" else set()

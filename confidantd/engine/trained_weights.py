@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from confidantd.engine.adamw import Moments, Step, square_sum, update
 from confidantd.engine.lora import load_factor
@@ -15,24 +14,52 @@ from confidantd.models.adapter import adapter_sources
 from confidantd.models.tensors import Source, block_sources, embedding_sources, head_sources
 from confidantd.wire.stage import OptimizerSpec, StageSpec
 
-_GRADIENT = "gradient."
+GRADIENT = "gradient."
 
 
-@dataclass(slots=True)
 class Trained:
-    """A weight that is trained, its gradient of this step so far, and its moments."""
+    """A weight that is trained, its moments, and its gradient of this step so far.
 
-    source: Source
-    weight: Floats
-    moments: Moments
-    gradient: Floats | None = None
+    The gradient fills up by runs of rows, each known by its first row: a part of a block
+    that runs elsewhere writes the rows of its heads or columns.
+    """
 
-    def add(self, gradient: Floats) -> None:
-        """Accumulate; the first gradient of a step is kept as it is."""
-        if self.gradient is None:
-            self.gradient = np.require(gradient, np.float32, ("C", "W"))
-        else:
-            self.gradient += gradient
+    def __init__(self, source: Source, weight: Floats) -> None:
+        self.source = source
+        self.weight = weight
+        self.moments = Moments(weight)
+        self._gradient: Floats | None = None
+        self._filled: set[int] = set()
+
+    @property
+    def gradient(self) -> Floats | None:
+        """The sum of this step's gradients; None if there were none yet."""
+        return self._gradient if self._filled else None
+
+    def rows(self, first: int, past_last: int) -> Floats:
+        """Rows of the gradient's memory, which is kept from step to step."""
+        if self._gradient is None:
+            self._gradient = np.empty_like(self.weight)
+        return self._gradient[first:past_last]
+
+    def empty(self, first: int) -> bool:
+        """Whether nothing was added yet to the run that starts at `first`."""
+        return first not in self._filled
+
+    def add(self, gradient: Floats, first: int = 0) -> None:
+        """Accumulate rows from `first` on; what was written to `rows` itself is there already."""
+        shape = (-1, *self.weight.shape[1:])
+        found = gradient.reshape(shape)
+        target = self.rows(first, first + len(found))
+        if not self.empty(first):
+            target += found
+        elif not np.shares_memory(target, found):
+            target[...] = found
+        self._filled.add(first)
+
+    def clear(self) -> None:
+        """Start the next step."""
+        self._filled.clear()
 
 
 @dataclass(slots=True)
@@ -42,11 +69,19 @@ class Group:
     weights: dict[str, Floats] = field(default_factory=dict)
     trained: dict[str, Trained] = field(default_factory=dict)
 
-    def add_gradients(self, outputs: dict[str, NDArray[np.float32]]) -> None:
+    def gradient_targets(self) -> dict[str, Floats]:
+        """Where a program may write the first gradients of a step, by output name."""
+        return {
+            f"{GRADIENT}{name}": trained.rows(0, len(trained.weight))
+            for name, trained in self.trained.items()
+            if trained.empty(0)
+        }
+
+    def add_gradients(self, outputs: dict[str, Floats]) -> None:
         """Accumulate the outputs called `gradient.<weight>`."""
         for name, array in outputs.items():
-            if name.startswith(_GRADIENT):
-                self.trained[name.removeprefix(_GRADIENT)].add(array)
+            if name.startswith(GRADIENT):
+                self.trained[name.removeprefix(GRADIENT)].add(array)
 
 
 class StageWeights:
@@ -76,7 +111,7 @@ class StageWeights:
         return group
 
     def _train(self, group: Group, source: Source, array: Floats) -> None:
-        trained = Trained(source, array, Moments(array))
+        trained = Trained(source, array)
         group.trained[source.parameter.name] = trained
         self._by_name[source.name] = trained
 
@@ -124,7 +159,7 @@ class StageWeights:
         for t in self._by_name.values():
             if t.gradient is not None:
                 update(t.weight, t.gradient, t.moments, optimizer, step)
-                t.gradient = None
+                t.clear()
 
     def results(self) -> Iterator[tuple[str, Floats]]:
         """Trained weights under their checkpoint names, in checkpoint layout."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from confidantd.errors import DeviceError
 from confidantd.ids import short_id
+from confidantd.models.saved import saved_floats
 from confidantd.models.tensors import (
     block_parameters,
     embedding_parameters,
@@ -50,7 +51,13 @@ def plan_workload(request: PlanRequest) -> Workload:
         microbatches=request.microbatches,
         sequence_length=request.sequence_length,
         method=request.method,
+        saved_floats=0 if request.method is None else _saved_floats(request),
     )
+
+
+def _saved_floats(request: PlanRequest) -> int:
+    rows = request.batch_size // request.microbatches
+    return saved_floats(request.model, request.lora, rows, request.sequence_length)
 
 
 def _find(name: str, peers: Sequence[PeerView]) -> PeerView:

@@ -167,6 +167,7 @@ def assignments(
             head=stage.head,
             training=workload.method,
             lora=workload.lora,
+            form=stage.form,
             microbatch_size=rows,
             sequence_length=workload.sequence_length,
             seed=seed,

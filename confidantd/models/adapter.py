@@ -9,7 +9,7 @@ from typing import Any
 from confidantd.errors import MissingTensorError, ModelError, UsageError
 from confidantd.models.config import Config, read_json
 from confidantd.models.families import family_of
-from confidantd.models.layout import Linear, Parameter, lora_layout
+from confidantd.models.layout import Linear, lora_layout
 from confidantd.models.safetensors import FLOAT_DTYPES, TensorLocation, read_header
 from confidantd.models.spec import LoraSpec, ModelSpec
 from confidantd.models.tensors import (
@@ -57,11 +57,10 @@ def _linear_sources(
     family = family_of(spec.family)
     module = f"{_PREFIX}{family.block_prefix(layer)}{family.block_names[linear.name]}"
     a, b = lora_layout(linear, lora)
-    return _source(a, f"{module}.lora_A.weight"), _source(b, f"{module}.lora_B.weight")
-
-
-def _source(parameter: Parameter, name: str) -> Source:
-    return Source(parameter, name, transposed=True)
+    return (
+        Source(a, f"{module}.lora_A.weight", transposed=True),
+        Source(b, f"{module}.lora_B.weight", transposed=False),
+    )
 
 
 def adapter_tensor_names(
@@ -137,6 +136,6 @@ def adapter_config(spec: ModelSpec, lora: LoraSpec, base_model_path: str) -> dic
         "lora_dropout": 0.0,
         "target_modules": sorted(lora.targets),
         "bias": "none",
-        "fan_in_fan_out": not family_of(spec.family).transposed,
+        "fan_in_fan_out": not family_of(spec.family).output_major,
         "init_lora_weights": True,
     }

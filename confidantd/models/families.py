@@ -31,7 +31,7 @@ class Family(Protocol):
         ...
 
     @property
-    def transposed(self) -> bool:
+    def output_major(self) -> bool:
         """True if linear weights are stored [out, in]."""
         ...
 

@@ -30,7 +30,7 @@ class Gpt2:
         "down": "mlp.c_proj",
     }
     default_targets = ("c_attn", "attn.c_proj")
-    transposed = False
+    output_major = False
 
     def block_prefix(self, layer: int) -> str:
         """`transformer.h.<n>.`"""

@@ -1,7 +1,9 @@
 """The parameters of embedding, block and head as the programs take them.
 
-Matrices are in matmul layout [in, out] (a Hugging Face `Linear` stores [out, in]);
-the LM head stays [V, D], so that a tied model needs one array for both ends.
+The modules that read the hidden state (q, k, v, gate, up) store their matrix as
+[out, in], those that write to it (o, down) as [in, out]: so the share of a range of
+heads or MLP columns is a run of rows, a view of the whole without a copy. The LM head
+is [V, D], so that a tied model needs one array for both ends.
 """
 
 from __future__ import annotations
@@ -21,12 +23,26 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """One linear module of a block; parameters `<name>.weight` [in, out] and `<name>.bias`."""
+    """One linear module of a block: parameters `<name>.weight` and, with `bias`, `<name>.bias`."""
 
     name: str
     inputs: int
     outputs: int
     bias: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The matrix as programs take it."""
+        sides = (self.outputs, self.inputs)
+        return sides if output_major(self.name) else sides[::-1]
+
+
+_WRITES_HIDDEN = ("o", "down")
+
+
+def output_major(name: str) -> bool:
+    """Whether the matrix of a linear module is stored [out, in]."""
+    return name not in _WRITES_HIDDEN
 
 
 def linears(block: BlockSpec) -> tuple[Linear, ...]:
@@ -44,16 +60,17 @@ def linears(block: BlockSpec) -> tuple[Linear, ...]:
     return (*attention, *mlp, Linear("down", m, d, block.mlp_bias))
 
 
-def _norm(name: str, block: BlockSpec) -> tuple[Parameter, ...]:
+def norm_layout(name: str, block: BlockSpec) -> tuple[Parameter, ...]:
+    """The parameters of one norm."""
     kinds = ("weight", "bias") if block.norm == "layer" else ("weight",)
     return tuple(Parameter(f"{name}.{kind}", (block.hidden,)) for kind in kinds)
 
 
 def block_layout(block: BlockSpec) -> tuple[Parameter, ...]:
     """Every parameter of a block."""
-    found = [*_norm("norm1", block), *_norm("norm2", block)]
+    found = [*norm_layout("norm1", block), *norm_layout("norm2", block)]
     for linear in linears(block):
-        found.append(Parameter(f"{linear.name}.weight", (linear.inputs, linear.outputs)))
+        found.append(Parameter(f"{linear.name}.weight", linear.shape))
         if linear.bias:
             found.append(Parameter(f"{linear.name}.bias", (linear.outputs,)))
     return tuple(found)
@@ -73,10 +90,10 @@ def embedding_layout(spec: ModelSpec) -> tuple[Parameter, ...]:
 def head_layout(spec: ModelSpec) -> tuple[Parameter, ...]:
     """The final norm, and the LM head [V, D]."""
     head = Parameter("head.weight", (spec.vocabulary, spec.block.hidden))
-    return (*_norm("norm", spec.block), head)
+    return (*norm_layout("norm", spec.block), head)
 
 
 def lora_layout(linear: Linear, lora: LoraSpec) -> tuple[Parameter, Parameter]:
-    """The two factors beside a linear module: A [in, r] and B [r, out]."""
+    """The two factors beside a linear module: A [in, r] and B [out, r]."""
     a = Parameter(f"{linear.name}.lora_a", (linear.inputs, lora.rank))
-    return a, Parameter(f"{linear.name}.lora_b", (lora.rank, linear.outputs))
+    return a, Parameter(f"{linear.name}.lora_b", (linear.outputs, lora.rank))

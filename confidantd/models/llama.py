@@ -31,7 +31,7 @@ class Llama:
         "down": "mlp.down_proj",
     }
     default_targets = ("q_proj", "k_proj", "v_proj", "o_proj")
-    transposed = True
+    output_major = True
 
     def block_prefix(self, layer: int) -> str:
         """`model.layers.<n>.`"""

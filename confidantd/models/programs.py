@@ -10,14 +10,20 @@ from confidantd.models.spec import ProgramRequest
 from confidantd.wire.codec import to_map
 
 MANIFEST_KEY = "confidant.manifest"  # in the metadata of a program: its inputs and outputs
-COMPILER_VERSION = "1"  # raise it whenever the compiler would write other programs
+COMPILER_VERSION = "2"  # raise it whenever the compiler would write other programs
 
 _TRAIN = (
     "embedding_forward",
     "block_forward",
+    "block_recompute",
     "block_backward",
     "head_loss",
     "head_backward",
+)
+_TRAIN_SPLIT = tuple(
+    f"{unit}_{program}"
+    for unit in ("attention", "mlp")
+    for program in ("forward", "recompute", "backward")
 )
 _GENERATE = ("embedding_decode", "block_decode", "head_logits")
 
@@ -45,4 +51,6 @@ def program_names(request: ProgramRequest) -> tuple[str, ...]:
     """The programs of a request; a frozen embedding needs no backward."""
     if request.purpose == "generate":
         return _GENERATE
+    if request.split:
+        return _TRAIN_SPLIT
     return _TRAIN if request.method == "lora" else (*_TRAIN, "embedding_backward")

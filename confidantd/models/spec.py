@@ -9,6 +9,7 @@ Norm = Literal["rms", "layer"]
 Positions = Literal["rope", "learned"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 Method = Literal["full", "lora"]
+Form = Literal["saved", "recompute"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,8 @@ class ProgramRequest:
     """What the compiler needs to make every program of one job.
 
     `microbatch_size` b and `sequence_length` S fix the training shapes; generation
-    programs take any batch and length and ignore both.
+    programs take any batch and length and ignore both. `split` asks for the programs of
+    parts of blocks, instead of those of whole blocks and the model's ends.
     """
 
     model: ModelSpec
@@ -89,3 +91,4 @@ class ProgramRequest:
     lora: LoraSpec | None = None
     microbatch_size: int = 1
     sequence_length: int = 1
+    split: bool = False

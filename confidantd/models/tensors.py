@@ -16,6 +16,7 @@ from confidantd.models.layout import (
     head_layout,
     linears,
     lora_layout,
+    output_major,
 )
 from confidantd.models.spec import LoraSpec, ModelSpec
 
@@ -42,7 +43,8 @@ def block_sources(spec: ModelSpec, layer: int) -> tuple[Source, ...]:
     for parameter in block_layout(spec.block):
         module, kind = parameter.name.split(".")
         name = f"{family.block_prefix(layer)}{family.block_names[module]}.{kind}"
-        found.append(Source(parameter, name, family.transposed and len(parameter.shape) == 2))
+        turned = len(parameter.shape) == 2 and family.output_major != output_major(module)
+        found.append(Source(parameter, name, turned))
     return tuple(found)
 
 

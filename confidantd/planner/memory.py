@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from confidantd.planner.workload import FLOAT_BYTES, Workload
+from confidantd.planner.workload import FLOAT_BYTES, Form, Workload
 from confidantd.schedule.one_f_one_b import in_flight
 
 RUNTIME_BYTES = 90 * 1024 * 1024  # a worker with numpy, onnxruntime and its links, measured
@@ -16,7 +16,9 @@ HIDDEN_COPIES = 12  # residuals, norms, q, k, v and their gradients [b, S, D]
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes of one stage. `kept`: inputs of blocks and head, of the microbatches in flight."""
+    """Bytes of one stage. `kept`: inputs of blocks and head, of the microbatches in flight,
+    and in the saved form what the blocks' forwards saved.
+    """
 
     weights: int
     gradients: int
@@ -33,7 +35,14 @@ class MemoryEstimate:
 
 
 def stage_memory(
-    work: Workload, layers: int, *, embedding: bool, head: bool, stage: int, stages: int
+    work: Workload,
+    layers: int,
+    *,
+    embedding: bool,
+    head: bool,
+    stage: int,
+    stages: int,
+    form: Form = "recompute",
 ) -> MemoryEstimate:
     """The estimate for a stage of `layers` blocks, at place `stage` of `stages`."""
     ends = work.embedding_parameters if embedding else 0
@@ -45,8 +54,11 @@ def stage_memory(
     held = frozen + (adapter if work.method == "lora" else 0)
     kept = 0
     if work.method is not None:
-        inputs = layers + (1 if head else 0)
-        kept = in_flight(stage, stages, work.microbatches) * inputs * work.activation_bytes
+        flying = in_flight(stage, stages, work.microbatches)
+        kept = flying * (layers + (1 if head else 0)) * work.activation_bytes
+        # the recompute form has only those of the block whose backward runs
+        copies = flying * layers if form == "saved" else min(1, layers)
+        kept += copies * FLOAT_BYTES * work.saved_floats
     return MemoryEstimate(
         weights=FLOAT_BYTES * held,
         gradients=FLOAT_BYTES * trained,

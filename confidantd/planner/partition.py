@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from confidantd.ids import DeviceId
 from confidantd.planner.memory import stage_memory
-from confidantd.planner.workload import Workload, stage_flops
+from confidantd.planner.workload import Form, Workload, stage_flops
 
 EXHAUSTIVE_DEVICES = 5  # 325 orders; eight would be 109,600
 SUBSET_DEVICES = 8  # 3,592 orders
@@ -86,12 +86,14 @@ def _text_factor(order: Sequence[PlanDevice], owner: DeviceId) -> float:
     return 1.0 if order[0].id == owner else 1.0 + OWNER_FIRST_SHARE
 
 
-def stage_seconds(work: Workload, device: PlanDevice, layers: int, *, head: bool) -> float:
+def stage_seconds(
+    work: Workload, device: PlanDevice, layers: int, *, head: bool, form: Form = "saved"
+) -> float:
     """Seconds of one microbatch (training) or one token (generation) on a device."""
     gflops = device.gflops or ASSUMED_GFLOPS
     if work.method is None:
         gflops *= GENERATION_EFFICIENCY
-    return stage_flops(work, layers, head=head) / (gflops * 1e9)
+    return stage_flops(work, layers, head=head, form=form) / (gflops * 1e9)
 
 
 def link_seconds(work: Workload, first: PlanDevice, second: PlanDevice) -> float:
@@ -102,12 +104,23 @@ def link_seconds(work: Workload, first: PlanDevice, second: PlanDevice) -> float
     return 8 * work.activation_bytes / (mbps * 1e6) + latency
 
 
-def predicted_seconds(work: Workload, order: Sequence[PlanDevice], layers: Sequence[int]) -> float:
-    """Step time: fill and drain once, then the bottleneck for every further microbatch."""
+def predicted_seconds(
+    work: Workload,
+    order: Sequence[PlanDevice],
+    layers: Sequence[int],
+    forms: Sequence[Form] = (),
+) -> float:
+    """Step time: fill and drain once, then the bottleneck for every further microbatch.
+
+    Every stage is in saved form unless `forms` says otherwise.
+    """
+    all_saved: Sequence[Form] = ["saved"] * len(order)
     last = len(order) - 1
     stages = [
-        stage_seconds(work, device, count, head=index == last)
-        for index, (device, count) in enumerate(zip(order, layers, strict=True))
+        stage_seconds(work, device, count, head=index == last, form=form)
+        for index, (device, count, form) in enumerate(
+            zip(order, layers, forms or all_saved, strict=True)
+        )
     ]
     there, slowest = _links(work, order)
     return sum(stages) + there + _further(work) * max(slowest, *stages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,9 +15,10 @@ from confidantd.planner.partition import (
     PlanDevice,
     best_partition,
     link_seconds,
+    predicted_seconds,
     stage_seconds,
 )
-from confidantd.planner.workload import Workload
+from confidantd.planner.workload import Form, Workload
 
 MEGABYTE = 1_000_000
 LORA_GUESS = 64  # adapter weights per unit of width: rank 8 on four square projections
@@ -24,7 +26,10 @@ LORA_GUESS = 64  # adapter weights per unit of width: rank 8 on four square proj
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:
-    """One stage: layers [first_layer, past_last_layer) on a device; seconds per microbatch."""
+    """One stage: layers [first_layer, past_last_layer) on a device; seconds per microbatch.
+
+    `form`: its forwards keep what the backward needs (`saved`), or that is computed again.
+    """
 
     device: DeviceId
     name: str
@@ -37,6 +42,7 @@ class StagePlan:
     seconds: float
     heads: int
     columns: int
+    form: Form = "saved"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,42 +108,51 @@ def make_plan(
     if found is None:
         raise _does_not_fit(work, devices, use_all=use_all)
     tokens = work.tokens * work.microbatches if work.method else 1
+    stages = _stages(work, found)
+    forms = [stage.form for stage in stages]
+    seconds = predicted_seconds(work, found.devices, found.layers, forms)
     return Plan(
         model=work.model,
         objective="train" if work.method else "generate",
-        stages=_stages(work, found),
+        stages=stages,
         links=_links(work, found),
         left_out=_left_out(work, devices, found),
-        seconds=found.seconds,
-        tokens_per_second=tokens / found.seconds,
+        seconds=seconds,
+        tokens_per_second=tokens / seconds,
     )
 
 
 def _stages(work: Workload, found: Partition) -> tuple[StagePlan, ...]:
-    stages = []
-    first, last = 0, len(found.devices) - 1
-    for index, (device, layers) in enumerate(zip(found.devices, found.layers, strict=True)):
-        embedding, head = index == 0, index == last
-        memory = stage_memory(
-            work, layers, embedding=embedding, head=head, stage=index, stages=last + 1
-        )
-        stages.append(
-            StagePlan(
-                device=device.id,
-                name=device.name,
-                first_layer=first,
-                past_last_layer=first + layers,
-                embedding=embedding,
-                head=head,
-                memory_bytes=memory.total,
-                available_bytes=device.available_bytes,
-                seconds=stage_seconds(work, device, layers, head=head),
-                heads=work.heads,
-                columns=work.columns,
-            )
-        )
-        first += layers
-    return tuple(stages)
+    ends = [0, *itertools.accumulate(found.layers)]
+    return tuple(_stage(work, found, index, first) for index, first in enumerate(ends[:-1]))
+
+
+def _stage(work: Workload, found: Partition, index: int, first: int) -> StagePlan:
+    """In the saved form where that fits: it is a quarter faster."""
+    device, layers, stages = found.devices[index], found.layers[index], len(found.devices)
+    embedding, head = index == 0, index == stages - 1
+    forms: tuple[Form, ...] = ("saved", "recompute")
+    memory: dict[Form, int] = {
+        each: stage_memory(
+            work, layers, embedding=embedding, head=head, stage=index, stages=stages, form=each
+        ).total
+        for each in forms
+    }
+    form: Form = "saved" if memory["saved"] <= device.available_bytes else "recompute"
+    return StagePlan(
+        device=device.id,
+        name=device.name,
+        first_layer=first,
+        past_last_layer=first + layers,
+        embedding=embedding,
+        head=head,
+        memory_bytes=memory[form],
+        available_bytes=device.available_bytes,
+        seconds=stage_seconds(work, device, layers, head=head, form=form),
+        heads=work.heads,
+        columns=work.columns,
+        form=form,
+    )
 
 
 def _links(work: Workload, found: Partition) -> tuple[LinkPlan, ...]:
@@ -223,5 +238,6 @@ def _stage_json(stage: StagePlan) -> dict[str, Any]:
         "memory_bytes": stage.memory_bytes,
         "available_bytes": stage.available_bytes,
         "seconds": stage.seconds,
+        "form": stage.form,
         "backends": [{"name": "cpu", "heads": stage.heads, "columns": stage.columns}],
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from confidantd.ids import DeviceId, Digest, JobId
-from confidantd.models.spec import LoraSpec, Method, ModelSpec
+from confidantd.models.spec import Form, LoraSpec, Method, ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +41,10 @@ class OptimizerSpec:
 class StageSpec:
     """The part of a model that one stage computes, and how.
 
-    `training` is None for generation. `lora` describes either the adapter that is
-    trained (method `lora`) or one that is merged into the weights at load
-    (generation). `microbatch_size` and `sequence_length` are the training shapes.
+    `training` is None for generation; `form` says whether a training stage keeps what its
+    forwards computed (`saved`) or computes it again (`recompute`). `lora` describes
+    either the adapter that is trained (method `lora`) or one that is merged into the
+    weights at load (generation). `microbatch_size` and `sequence_length` are the training shapes.
     """
 
     model: ModelSpec
@@ -53,6 +54,7 @@ class StageSpec:
     head: bool
     training: Method | None
     lora: LoraSpec | None = None
+    form: Form = "saved"
     microbatch_size: int = 1
     sequence_length: int = 1
     seed: int = 0

@@ -101,10 +101,11 @@ def test_real_gpt2_sorts() -> None:
         assert decode.greedy(letters, 6, sequence) == sorted(letters)
 
 
-def test_memory_mapped_weights_are_not_copied(tmp_path: Path) -> None:
-    """GPT-2 stores float32 in the programs' layout, so no second copy is made."""
-    (stage,) = decoder(save_model("gpt2", tmp_path), 1).stages
-    weights = stage._blocks[0]["qkv.weight"]
+@pytest.mark.parametrize(("kind", "name"), [("llama", "q.weight"), ("gpt2", "o.weight")])
+def test_memory_mapped_weights_are_not_copied(tmp_path: Path, kind: str, name: str) -> None:
+    """What a checkpoint stores in the programs' layout stays a view of its file."""
+    (stage,) = decoder(save_model(kind, tmp_path), 1).stages
+    weights = stage._blocks[0][name]
     assert isinstance(weights.base, np.ndarray | memoryview) or isinstance(weights, np.memmap)
     assert not weights.flags.owndata
     assert not weights.flags.writeable

@@ -1,0 +1,54 @@
+"""Products with a transposed matrix as `Gemm` nodes.
+
+The exporter writes x W^T as `Transpose` and `MatMul`. As two nodes every run copies the
+weight; ONNX Runtime's own fusion of the two also fuses transposed *left* operands, which
+its CPU kernel multiplies 12 to 18 % slower than after an explicit transpose of the (small)
+activation. So the right ones are fused here, and workers turn that fusion off.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir
+
+
+def use_gemm(graph: Any) -> None:
+    """Replace products whose right operand is a transposed matrix, in place."""
+    for node in list(graph):
+        if node.op_type not in ("MatMul", "Gemm") or node.domain != "":
+            continue
+        left, right = node.inputs[0], node.inputs[1]
+        producer = right.producer()
+        if producer is None or not _is_transpose(producer) or _rank(left) != 2:
+            continue
+        if node.op_type == "Gemm" and any(
+            name in node.attributes for name in ("transA", "transB", "alpha", "beta")
+        ):
+            continue
+        _replace(graph, node, producer.inputs[0])
+
+
+def _is_transpose(node: Any) -> bool:
+    return bool(
+        node.op_type == "Transpose"
+        and tuple(node.attributes["perm"].as_ints()) == (1, 0)
+        and _rank(node.inputs[0]) in (2, None)
+    )
+
+
+def _rank(value: Any) -> int | None:
+    return None if value.shape is None else len(value.shape)
+
+
+def _replace(graph: Any, node: Any, right: Any) -> None:
+    bias = node.inputs[2:]
+    gemm = onnx_ir.node("Gemm", [node.inputs[0], right, *bias], {"transB": 1})
+    made, old = gemm.outputs[0], node.outputs[0]
+    made.name, made.shape, made.type = old.name, old.shape, old.type
+    graph.insert_before(node, gemm)
+    transpose = node.inputs[1].producer()
+    onnx_ir.convenience.replace_all_uses_with(old, made, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    if not list(transpose.outputs[0].uses()) and not transpose.outputs[0].is_graph_output():
+        graph.remove(transpose, safe=True)

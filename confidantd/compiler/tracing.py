@@ -1,0 +1,156 @@
+"""Traces a unit and its backward pass, and makes its three programs of the trace.
+
+`<unit>_forward` gives y and what is saved; `<unit>_recompute` gives only what is saved;
+`<unit>_backward` takes the gradient of y, what is saved, and gives all gradients. Keeping
+what the forward saved is the *saved* form; dropping it, and running `recompute` right
+before `backward`, is the *recompute* form.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch._decomp import core_aten_decompositions
+from torch._functorch.compile_utils import fx_graph_cse
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
+
+from confidantd.compiler.program import Port, Traced, example_shape
+from confidantd.compiler.saving import cut, extract, used_inputs
+from confidantd.compiler.units import Unit
+from confidantd.models.spec import ProgramRequest
+
+SAVED = "saved."
+
+
+def unit_programs(unit: Unit, request: ProgramRequest) -> list[Traced]:
+    """Forward, recompute and backward of one unit."""
+    tokens = (request.microbatch_size * request.sequence_length, request.model.block.hidden)
+    x, dy = Port("x", "activation", tokens), Port("dy", "gradient", tokens)
+    inputs = (dy, x, *unit.weights, *_constant_ports(unit.constants))
+    graph = _trace(unit, inputs)
+    ports_of = dict(zip([n for n in graph.nodes if n.op == "placeholder"], inputs, strict=True))
+    found = cut(graph, seeds=1)
+    free = {size for port in unit.weights for size in port.shape if isinstance(size, str)}
+    saved = {node: _saved_port(i, node, *free) for i, node in enumerate(found.saved)}
+    gradients = [Port("dx", "gradient", tokens)]
+    trained = {port.name: port for port in unit.weights if port.name in unit.trained}
+    gradients += [Port(f"gradient.{n}", "gradient", trained[n].shape) for n in unit.trained]
+    kept = tuple(saved.items())
+    makes: Sequence[tuple[str, tuple[tuple[fx.Node, Port], ...]]] = (
+        ("forward", ((found.output, Port("y", "activation", tokens)), *kept)),
+        ("recompute", kept),
+    )
+    programs = [
+        _program(f"{unit.name}_{name}", graph, ports_of, outputs, unit.constants)
+        for name, outputs in makes
+    ]
+    outputs = tuple(zip(found.gradients, gradients, strict=True))
+    backward = _program(f"{unit.name}_backward", graph, ports_of | saved, outputs, unit.constants)
+    return [*programs, backward]
+
+
+def _constant_ports(constants: Mapping[str, Tensor]) -> tuple[Port, ...]:
+    return tuple(Port(name, "weight", tuple(t.shape)) for name, t in constants.items())
+
+
+def _saved_port(index: int, node: fx.Node, symbol: str = "") -> Port:
+    shape = tuple(
+        size if isinstance(size, int) else f"{_factor(size)}*{symbol}".removeprefix("1*")
+        for size in node.meta["val"].shape
+    )
+    return Port(f"{SAVED}{index}", "saved", shape)
+
+
+def _factor(size: torch.SymInt) -> int:
+    """Every size is a multiple of the one free dimension."""
+    expression = size.node.expr
+    (symbol,) = expression.free_symbols
+    factor = sympy.simplify(expression / symbol)
+    assert factor.is_integer, f"a size {expression} is no multiple of {symbol}"
+    return int(factor)
+
+
+def _program(
+    name: str,
+    graph: fx.Graph,
+    there: Mapping[fx.Node, Port],
+    outputs: tuple[tuple[fx.Node, Port], ...],
+    constants: Mapping[str, Tensor],
+) -> Traced:
+    """A program with just the inputs that it reads."""
+    nodes = [node for node, _ in outputs]
+    used = used_inputs(tuple(there), nodes)
+    names = [there[node].name for node in used]
+    return Traced(
+        name=name,
+        inputs=tuple(there[node] for node in used if there[node].name not in constants),
+        outputs=tuple(port for _, port in outputs),
+        graph=extract(graph, used, nodes),
+        arguments=tuple(names),
+        constants={key: value for key, value in constants.items() if key in names},
+    )
+
+
+def _trace(unit: Unit, inputs: tuple[Port, ...]) -> fx.Graph:
+    """The graph of (y, dx, gradients of what is trained); fake tensors need no memory."""
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False)
+    arguments = [_fake(mode, port) for port in inputs]
+    names = [port.name for port in inputs]
+
+    def both(*values: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(names, values, strict=True))
+        moving = {name: given[name] for name in ("x", *unit.trained)}
+        found: Any = torch.func.vjp(lambda m: unit.compute({**given, **m}), moving)
+        (gradients,) = found[1](given["dy"])
+        return (found[0], *(gradients[name] for name in moving))
+
+    with mode:
+        traced = make_fx(both, decomposition_table=dict(core_aten_decompositions()))(*arguments)
+        graph = fx_graph_cse(traced.graph)
+    _sizes_from_inputs(graph)
+    return graph
+
+
+def _fake(mode: FakeTensorMode, port: Port) -> Tensor:
+    """A fake tensor whose free dimensions are symbols."""
+    kinds = [DimDynamic.DUCK if isinstance(size, str) else DimDynamic.STATIC for size in port.shape]
+    context = StatelessSymbolicContext(dynamic_sizes=kinds)
+    found: Tensor = mode.from_tensor(
+        torch.empty(example_shape(port)), symbolic_context=context
+    )  # never written to, so it takes no memory
+    return found
+
+
+def _sizes_from_inputs(graph: fx.Graph) -> None:
+    """Compute every size from an input's: else a size would tie the backward to the tensor it
+    was read from. There is one free dimension, so every size is a multiple of it.
+    """
+    symbol: fx.Node | None = None
+    multiples: dict[int, fx.Node] = {}
+    for node in list(graph.nodes):
+        value = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(value, torch.SymInt):
+            continue
+        factor = _factor(value)
+        if symbol is None:
+            assert factor == 1
+            assert node.all_input_nodes[0].op == "placeholder"
+            symbol = multiples[1] = node
+            continue
+        if factor not in multiples:
+            with graph.inserting_after(symbol):
+                multiples[factor] = graph.call_function(operator.mul, (symbol, factor))
+            multiples[factor].meta["val"] = value
+        node.replace_all_uses_with(multiples[factor])
+    graph.eliminate_dead_code()

@@ -1,0 +1,143 @@
+"""What a block is made of, as functions of tokens: the whole, its attention, its MLP.
+
+A *unit* maps tokens x [N, D] and weights to tokens y [N, D]. The block includes its
+residual connections. Attention and MLP are without: they are cut into parts that run on
+several execution providers at once, each over a range of head groups or MLP columns, and
+the sum of the parts and x is what the block computes. Each part norms x itself; the norm's
+gradient is linear, so the gradients of parts add up too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from confidantd.compiler import maths
+from confidantd.compiler.program import Port, Values, ports
+from confidantd.models.layout import block_layout, lora_layout
+from confidantd.models.parts import (
+    GROUPS,
+    PartParameter,
+    attention_parameters,
+    mlp_parameters,
+)
+from confidantd.models.spec import BlockSpec, ProgramRequest
+from confidantd.models.tensors import target_linears
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """`compute` takes the tokens `x`, the weights and the constants by name."""
+
+    name: str
+    weights: tuple[Port, ...]
+    trained: tuple[str, ...]
+    compute: Callable[[Values], Tensor]
+    constants: Values
+
+
+def training_units(request: ProgramRequest) -> tuple[Unit, ...]:
+    """The units of a training request; with `split` those of parts instead of the block."""
+    if request.split:
+        return (_attention_part(request), _mlp_part(request))
+    return (_block(request),)
+
+
+def attention(values: Values, spec: BlockSpec, rows: int, lora_scale: float) -> Tensor:
+    """Exact causal attention of the norm of tokens x [N, D], over the heads of the weights."""
+    h = maths.norm(values["x"], "norm1", values, spec)
+    q, k, v = maths.query_key_value(h, rows, values, spec, lora_scale)
+    if spec.rope is not None:
+        cosine, sine = values["cosine"], values["sine"]
+        q, k = maths.rotate(q, cosine, sine), maths.rotate(k, cosine, sine)
+    groups = spec.heads // spec.kv_heads
+    scores = maths.grouped(q, k.shape[1]) @ k.transpose(-1, -2)
+    positions = torch.arange(k.shape[2])
+    later = positions.unsqueeze(0) > positions.unsqueeze(1)
+    o = maths.merge_heads(maths.masked_softmax(scores, later, groups) @ v, groups)
+    return maths.linear(o, "o", values, lora_scale)
+
+
+def block(values: Values, spec: BlockSpec, rows: int, lora_scale: float) -> Tensor:
+    """One whole block over tokens x [N, D] of `rows` sequences."""
+    x = values["x"] + attention(values, spec, rows, lora_scale)
+    return x + maths.mlp(x, values, spec, lora_scale)
+
+
+def _block(request: ProgramRequest) -> Unit:
+    spec, scale = request.model.block, _scale(request)
+    adapter = () if request.lora is None else _adapter_ports(request)
+    layout = ports(block_layout(spec))
+    return Unit(
+        "block",
+        (*layout, *adapter),
+        _names(adapter if request.lora is not None else layout),
+        lambda values: block(values, spec, request.microbatch_size, scale),
+        _rope_tables(request),
+    )
+
+
+def _adapter_ports(request: ProgramRequest) -> tuple[Port, ...]:
+    assert request.lora is not None
+    found = target_linears(request.model, request.lora.targets)
+    return ports((p for linear in found for p in lora_layout(linear, request.lora)), "adapter")
+
+
+def _attention_part(request: ProgramRequest) -> Unit:
+    spec, scale = request.model.block, _scale(request)
+    weights = _part_ports(attention_parameters(request.model, request.lora))
+    by_group = {port.name for port in weights if GROUPS in port.shape}
+
+    def compute(values: Values) -> Tensor:
+        flat = {
+            name: tensor.reshape(-1, *tensor.shape[2:]) if name in by_group else tensor
+            for name, tensor in values.items()
+        }
+        return attention(flat, spec, request.microbatch_size, scale)
+
+    return Unit("attention", weights, _trained(request, weights), compute, _rope_tables(request))
+
+
+def _mlp_part(request: ProgramRequest) -> Unit:
+    spec, scale = request.model.block, _scale(request)
+    weights = _part_ports(mlp_parameters(request.model, request.lora))
+    return Unit(
+        "mlp",
+        weights,
+        _trained(request, weights),
+        lambda values: maths.mlp(values["x"], values, spec, scale),
+        {},
+    )
+
+
+def _part_ports(parameters: tuple[PartParameter, ...]) -> tuple[Port, ...]:
+    return tuple(
+        Port(p.name, "adapter" if ".lora_" in p.name else "weight", p.shape) for p in parameters
+    )
+
+
+def _trained(request: ProgramRequest, weights: tuple[Port, ...]) -> tuple[str, ...]:
+    if request.lora is None:
+        return _names(weights)
+    return _names(tuple(port for port in weights if port.role == "adapter"))
+
+
+def _names(found: tuple[Port, ...]) -> tuple[str, ...]:
+    return tuple(port.name for port in found)
+
+
+def _scale(request: ProgramRequest) -> float:
+    return 0.0 if request.lora is None else request.lora.scale
+
+
+def _rope_tables(request: ProgramRequest) -> dict[str, Tensor]:
+    spec = request.model.block
+    if spec.rope is None:
+        return {}
+    positions = torch.arange(request.sequence_length, dtype=torch.float32)
+    frequencies = maths.rope_frequencies(spec.rope, spec.head_dim)
+    cosine, sine = maths.rope_tables(torch.outer(positions, frequencies))
+    return {"cosine": cosine, "sine": sine}

@@ -1,0 +1,94 @@
+"""Running one block of a training stage: what all ways have in common, and the simplest way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from confidantd.engine.program import Programs
+from confidantd.engine.tensors import Floats
+from confidantd.engine.trained_weights import Group
+
+Named = dict[str, Floats]
+
+
+@dataclass(slots=True)
+class Saved:
+    """What the forward of one block keeps for its backward: tensors of each part by unit.
+
+    `middle` is the hidden state between attention and MLP, where the two run apart.
+    """
+
+    units: dict[str, list[Named]] = field(default_factory=dict)
+    middle: Floats | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all tensors."""
+        parts = [part for parts in self.units.values() for part in parts]
+        held = sum(array.nbytes for part in parts for array in part.values())
+        return held + (0 if self.middle is None else self.middle.nbytes)
+
+
+class BlockRunner(Protocol):
+    """Computes any block of a stage from its group of weights. Arrays are [b, S, D] or [N, D]."""
+
+    def forward(self, x: Floats, block: Group, *, keep: bool) -> tuple[Floats, Saved | None]:
+        """The block's output, and with `keep` what its backward needs of this forward."""
+        ...
+
+    def backward(self, dy: Floats, x: Floats, saved: Saved | None, block: Group) -> Floats:
+        """The gradient by the block's input x; adds to the gradients of the weights.
+
+        Without `saved` the forward is computed again.
+        """
+        ...
+
+    def busy_seconds(self) -> dict[str, float]:
+        """Seconds that each backend has computed so far."""
+        ...
+
+    def close(self) -> None:
+        """End the threads, if there are any."""
+        ...
+
+
+def saved_only(outputs: Named) -> Named:
+    """Those outputs that the backward takes as inputs."""
+    return {name: array for name, array in outputs.items() if name.startswith("saved.")}
+
+
+class FusedBlocks:
+    """Whole blocks on one backend."""
+
+    UNIT = "block"
+
+    def __init__(self, programs: Programs) -> None:
+        self._forward = programs["block_forward"]
+        self._recompute = programs["block_recompute"]
+        self._backward = programs["block_backward"]
+
+    def forward(self, x: Floats, block: Group, *, keep: bool) -> tuple[Floats, Saved | None]:
+        """One program."""
+        only = None if keep else ("y",)
+        found = self._forward.run({"x": x}, block.weights, only=only)
+        saved = Saved({self.UNIT: [saved_only(found)]}) if keep else None
+        return found["y"].reshape(x.shape), saved
+
+    def backward(self, dy: Floats, x: Floats, saved: Saved | None, block: Group) -> Floats:
+        """One program, after what it needs was computed again or not."""
+        if saved is None:
+            kept = self._recompute.run({"x": x}, block.weights)
+        else:
+            (kept,) = saved.units[self.UNIT]
+        targets = block.gradient_targets()
+        found = self._backward.run({"dy": dy, "x": x}, kept, block.weights, into=targets)
+        block.add_gradients(found)
+        return found["dx"].reshape(x.shape)
+
+    def busy_seconds(self) -> dict[str, float]:
+        """The stage's own count is enough for one backend."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing runs in between."""

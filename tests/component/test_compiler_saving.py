@@ -1,0 +1,70 @@
+"""What the programs of a unit save: as much as the memory model says, and nothing by weight."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from confidantd.models.programs import MANIFEST_KEY
+from confidantd.models.saved import saved_floats
+from confidantd.models.spec import LoraSpec, ModelSpec, ProgramRequest
+from tests.component.engine_models import ROWS, TOKENS, save_model
+from tests.programs import programs_for
+
+CASES = {
+    "llama": None,
+    "llama-tied": LoraSpec(2, 4.0, ("q_proj", "down_proj")),
+    "gpt2": None,
+    "gpt2-untied": LoraSpec(3, 4.0, ("c_attn", "attn.c_proj")),
+}
+PRODUCTS = ("MatMul", "Gemm")
+
+
+def compiled(spec: ModelSpec, lora: LoraSpec | None) -> dict[str, Path]:
+    """The programs of a training job."""
+    method = "full" if lora is None else "lora"
+    return programs_for(ProgramRequest(spec, "train", method, lora, ROWS, TOKENS))
+
+
+def ports(path: Path, side: str) -> list[dict[str, Any]]:
+    """Inputs or outputs as the manifest lists them."""
+    entries = {e.key: e.value for e in onnx.load(path).metadata_props}
+    found: list[dict[str, Any]] = json.loads(entries[MANIFEST_KEY])[side]
+    return found
+
+
+def products(path: Path) -> int:
+    """How many matrix products a program computes."""
+    return sum(node.op_type in PRODUCTS for node in onnx.load(path).graph.node)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_a_block_saves_what_the_memory_model_says(tmp_path: Path, kind: str) -> None:
+    spec = save_model(kind, tmp_path).spec
+    programs = compiled(spec, CASES[kind])
+    outputs = ports(programs["block_forward"], "outputs")
+    saved = [port for port in outputs if port["role"] == "saved"]
+    assert sum(math.prod(port["shape"]) for port in saved) == saved_floats(
+        spec, CASES[kind], ROWS, TOKENS
+    )
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_the_backward_takes_all_that_is_saved_and_computes_no_product_twice(
+    tmp_path: Path, kind: str
+) -> None:
+    spec = save_model(kind, tmp_path).spec
+    programs = compiled(spec, CASES[kind])
+    saved = [p for p in ports(programs["block_forward"], "outputs") if p["role"] == "saved"]
+    assert ports(programs["block_recompute"], "outputs") == saved
+    taken = [p for p in ports(programs["block_backward"], "inputs") if p["role"] == "saved"]
+    assert taken == saved
+    forward, recompute = products(programs["block_forward"]), products(programs["block_recompute"])
+    assert recompute < forward
+    if CASES[kind] is None:  # each product has two gradients
+        assert products(programs["block_backward"]) == 2 * forward
