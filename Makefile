@@ -4,6 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CHECKERS := $(VENV)/.checkers
+# WebGPU's build of onnxruntime replaces the plain one, so it has an environment of its own.
+# It computes on the software Vulkan driver in Debian's package chromium-common.
+WEBGPU := .venv-webgpu
+VULKAN_DRIVER := $(wildcard /usr/lib/chromium/vk_swiftshader_icd.json)
+WEBGPU_READY := $(if $(VULKAN_DRIVER),$(WEBGPU)/.ready)
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -12,17 +17,18 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(READY)
 	@$(BIN)/confidant demo
 
-test: $(READY)
+test: $(READY) $(WEBGPU_READY)
 	@$(BIN)/python -m pytest -q $(PYTEST_OPTIONS)
 
 lint: $(CHECKERS)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/mypy plugins/*/confidantd_*/__init__.py
 
 check: lint test
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml plugins/openvino/pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { \
 	  echo "make: there is no $(PYTHON): install Python 3.11 or newer (PYTHON=... names another)" >&2; \
 	  exit 1; }
@@ -34,6 +40,15 @@ $(READY): pyproject.toml
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	@echo "installing into $(VENV): a few minutes the first time"
 	@$(BIN)/pip install --quiet --progress-bar off -e ".[compiler,test]"
+	@$(BIN)/pip install --quiet --progress-bar off --no-deps -e plugins/openvino
+	@touch $@
+
+$(WEBGPU)/.ready: plugins/webgpu/pyproject.toml | $(READY)
+	@test -x $(WEBGPU)/bin/pip || $(PYTHON) -m venv --clear $(WEBGPU)
+	@echo "installing into $(WEBGPU): for the tests on WebGPU"
+	@$(WEBGPU)/bin/pip install --quiet --progress-bar off onnxruntime-webgpu numpy || \
+	  echo "make: no onnxruntime-webgpu for this machine: tests that need it are skipped" >&2
+	@$(WEBGPU)/bin/pip install --quiet --progress-bar off --no-deps -e plugins/webgpu
 	@touch $@
 
 $(CHECKERS): $(READY)
@@ -41,4 +56,4 @@ $(CHECKERS): $(READY)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(WEBGPU) build *.egg-info plugins/*/*.egg-info

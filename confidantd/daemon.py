@@ -29,7 +29,8 @@ from confidantd.jobs.programs import Programs
 from confidantd.jobs.service import Jobs
 from confidantd.jobs.stage_host import StageHost
 from confidantd.net.network import Network
-from confidantd.profile.measure import measure_speed
+from confidantd.profile.measure import measure_backends
+from confidantd.profile.providers import Provider, cpu_gflops, present_names
 from confidantd.profile.resources import read_resources, roles, usable_cores
 from confidantd.service_manager import notify_ready, notify_stopping
 from confidantd.store.blobs import BlobStore
@@ -52,7 +53,7 @@ class Daemon:
         self._config = config
         home = config.home
         self._threads = config.threads or usable_cores()
-        self._gflops = 0.0
+        self._providers: tuple[Provider, ...] = ()  # until they are probed
         self._granted = asyncio.Event()  # what is granted to jobs has changed
         self._identity = load_or_create(home)
         self._trust = TrustStore(home)
@@ -91,7 +92,13 @@ class Daemon:
         self._coordinator = Coordinator(peers, self._swarm, self._swarm.coordinator)
         self._jobs = Jobs(services, config.name)
         view = View(
-            self._identity, config.name, self._trust, self._swarm, self.address, self._forget
+            self._identity,
+            config.name,
+            self._trust,
+            self._swarm,
+            self.address,
+            self._forget,
+            lambda: self._providers,
         )
         self._api = ControlApi(home / "control.sock", view, self._jobs)
         self._network.on_disconnected(self._device_lost)
@@ -134,7 +141,8 @@ class Daemon:
         await self._services.close()
 
     async def _measure(self) -> None:
-        self._gflops = await measure_speed(self._threads, self._config.home / "profile.json")
+        cache = self._config.home / "profile.json"
+        self._providers = await measure_backends(self._threads, cache)
         self._swarm.set_resources(self._resources())
 
     async def _keep_resources(self) -> None:
@@ -153,7 +161,8 @@ class Daemon:
             memory_cap=self._config.memory_bytes,
             granted_bytes=granted_bytes,
             threads=self._threads,
-            gflops=self._gflops,
+            gflops=cpu_gflops(self._providers),
+            backends=present_names(self._providers),
         )
 
     def _host_of(self, device: DeviceId) -> str | None:

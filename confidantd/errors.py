@@ -120,6 +120,18 @@ class CompileError(ConfidantError):
     code = "compile-failed"
 
 
+class BackendError(ConfidantError):
+    """An execution provider cannot be used, or cannot run a program."""
+
+    code = "backend-failed"
+
+
+class NoDeviceError(BackendError):
+    """A provider is installed and works, but finds no processor of its kind here."""
+
+    code = "no-device"
+
+
 class StaleEpochError(ConfidantError):
     """A frame or request of an epoch that a newer one has replaced."""
 

@@ -28,7 +28,11 @@ SET_UP = (
     ("tests/component/net_support.py", {"__init__"}),
     ("confidantd/identity/trust.py", {"add", "remove", "reload"}),
 )
-KEPT_SETTINGS = ("CONFIDANT_REQUIRE_LAN", "CONFIDANT_TEST_PROGRAMS")
+KEPT_SETTINGS = (
+    "CONFIDANT_REQUIRE_LAN",
+    "CONFIDANT_REQUIRE_WEBGPU",
+    "CONFIDANT_TEST_PROGRAMS",
+)
 CALL_FAILED = pytest.StashKey[bool]()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.metadata
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +13,11 @@ from confidantd.errors import DeviceError, IdentityConflictError
 from confidantd.identity.certificate import Identity
 from confidantd.identity.trust import TrustStore
 from confidantd.ids import DeviceId, short_id
+from confidantd.profile.providers import Provider
 from confidantd.swarm.service import Swarm
 from confidantd.swarm.state import PeerView
+
+ONNXRUNTIME_BUILDS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-webgpu")
 
 
 class View:
@@ -27,6 +31,7 @@ class View:
         swarm: Swarm,
         address: Callable[[], str],
         forget: Callable[[DeviceId], None],
+        providers: Callable[[], tuple[Provider, ...]],
     ) -> None:
         self._identity = identity
         self._name = name
@@ -34,6 +39,7 @@ class View:
         self._swarm = swarm
         self._address = address
         self._forget = forget
+        self._providers = providers
 
     def status(self, jobs: list[dict[str, Any]]) -> dict[str, Any]:
         """`confidant status`."""
@@ -108,16 +114,17 @@ class View:
         """`confidant doctor`: what is there, what is missing, what to do."""
         me = self._self_view()
         roles = me.resources.roles if me.resources else ()
+        providers = self._providers()
         alive = [p for p in self._swarm.peers() if p.state == "alive" and not p.is_self]
         checks = [
             _check_identity(self._swarm.conflict()),
-            _check_package("onnxruntime", "pip install onnxruntime"),
+            _check_onnxruntime(),
             _check_compiler("compiler" in roles, alive),
-            _check_speed(me.resources.gflops if me.resources else 0.0),
+            *_check_providers(providers),
             _check_peers(len(self._trust.members()), len(alive)),
             _check_coordinator(self._swarm.coordinator() is not None),
         ]
-        return {"checks": checks}
+        return {"checks": checks, "providers": [provider.to_json() for provider in providers]}
 
     def _self_view(self) -> PeerView:
         return next(peer for peer in self._swarm.peers() if peer.is_self)
@@ -164,11 +171,13 @@ def _check_identity(conflict: str | None) -> dict[str, str]:
     return _check("identity", "fail", failure.message, failure.hint)
 
 
-def _check_package(name: str, install: str) -> dict[str, str]:
-    try:
-        return _check(name, "ok", f"version {importlib.metadata.version(name)}")
-    except importlib.metadata.PackageNotFoundError:
-        return _check(name, "fail", "not installed: this device cannot hold a stage", install)
+def _check_onnxruntime() -> dict[str, str]:
+    for package in ONNXRUNTIME_BUILDS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            version = importlib.metadata.version(package)
+            return _check("onnxruntime", "ok", f"version {version} ({package})")
+    message = "not installed: this device cannot hold a stage"
+    return _check("onnxruntime", "fail", message, "pip install onnxruntime")
 
 
 def _check_compiler(here: bool, alive: list[PeerView]) -> dict[str, str]:
@@ -185,10 +194,22 @@ def _check_compiler(here: bool, alive: list[PeerView]) -> dict[str, str]:
     )
 
 
-def _check_speed(gflops: float) -> dict[str, str]:
-    if gflops > 0:
-        return _check("cpu provider", "ok", f"{gflops:.0f} GFLOP/s (float32 matrix product)")
-    return _check("cpu provider", "warn", "its speed is not measured yet", "wait a few seconds")
+def _check_providers(providers: tuple[Provider, ...]) -> list[dict[str, str]]:
+    """One line each: those that compute first, then what is broken, then what could be added."""
+    if not providers:
+        return [_check("provider cpu", "warn", "it is not measured yet", "wait a few seconds")]
+    ranked = sorted(providers, key=lambda p: (not p.present, not p.broken))
+    return [_check_provider(provider) for provider in ranked]
+
+
+def _check_provider(provider: Provider) -> dict[str, str]:
+    name = f"provider {provider.name}"
+    if not provider.present:
+        state = "warn" if provider.broken else "none"
+        return _check(name, state, provider.problem, provider.hint)
+    device = provider.devices[0].name if provider.devices else "unnamed device"
+    speed = f"{provider.gflops or 0:.3g} GFLOP/s (float32 matrix product)"
+    return _check(name, "ok", f"{device}, {speed}, version {provider.version}")
 
 
 def _check_peers(members: int, alive: int) -> dict[str, str]:

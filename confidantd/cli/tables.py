@@ -14,7 +14,7 @@ from confidantd.cli.output import cell, duration, plain, size
 
 STATE_STYLES = {
     "alive": "green", "suspect": "yellow", "gone": "red", "unpaired": "dim",
-    "ok": "green", "warn": "yellow", "fail": "red",
+    "ok": "green", "warn": "yellow", "fail": "red", "none": "dim",
     "done": "green", "running": "cyan", "planning": "cyan", "recovering": "yellow",
     "failed": "red", "cancelled": "dim",
 }  # fmt: skip
@@ -107,7 +107,8 @@ def doctor(fields: Mapping[str, Any]) -> RenderableType:
     """`confidant doctor`."""
     made = table("check", "state", "what", wide="what")
     for check in fields["checks"]:
-        text = Text(plain(check["message"]))
+        absent = check["state"] == "none"
+        text = Text(plain(check["message"]), style="dim" if absent else "")
         if check["hint"]:
             text.append(f"\n→ {plain(check['hint'])}", style="dim")
         made.add_row(

@@ -19,12 +19,18 @@ WORKER_MODULE = "confidantd.worker"
 
 
 def read_resources(
-    *, memory_cap: int | None, granted_bytes: int, threads: int, gflops: float
+    *,
+    memory_cap: int | None,
+    granted_bytes: int,
+    threads: int,
+    gflops: float,
+    backends: tuple[str, ...] = (),
 ) -> Resources:
     """Resources of this device.
 
     `memory_cap` (bytes, `--memory`) bounds what jobs may use in all; without it that is
     what is available now, less a reserve. What is granted already is not offered again.
+    `backends` are those that were found by probing; before that there is the CPU.
     """
     battery = read_battery()
     total, available = memory_bytes()
@@ -32,7 +38,7 @@ def read_resources(
     return Resources(
         memory_bytes=total,
         available_bytes=offered_bytes(available, memory_cap, granted_bytes, workers),
-        backends=_backends(),
+        backends=backends or _backends(),
         roles=roles(),
         gflops=gflops,
         cores=usable_cores(),

@@ -87,7 +87,19 @@ DOCTOR = {
          "hint": ""},
         {"name": "compiler", "state": "warn", "message": "no device that is alive can compile "
          "programs", "hint": 'on one laptop or desktop: pip install "confidantd[compiler]"'},
-    ]
+        {"name": "provider cpu", "state": "ok", "message": "Intel(R) Core(TM) i5-8250U CPU @ "
+         "1.60GHz, 83.2 GFLOP/s (float32 matrix product), version 1.32.0", "hint": ""},
+        {"name": "provider cuda", "state": "warn", "message": "the backend cuda\x1b[2J cannot run "
+         "probe.onnx (no driver)", "hint": "it needs NVIDIA's driver"},
+        {"name": "provider openvino-gpu", "state": "none", "message": "not installed (for Intel "
+         "processors, graphics and NPUs)", "hint": "pip install /home/anna/confidant/plugins/"
+         "openvino"},
+    ],
+    "providers": [
+        {"name": "cpu", "present": True, "broken": False, "version": "1.32.0", "devices": [{
+         "name": "Intel(R) Core(TM) i5-8250U CPU @ 1.60GHz", "kind": "cpu"}], "gflops": 83.2,
+         "memory_gbps": 12.0, "problem": "", "hint": ""},
+    ],
 }  # fmt: skip
 
 CERTIFICATE = {

@@ -90,6 +90,13 @@ def test_a_copied_home_is_said(tmp_path: Path) -> None:
         assert said in confidant(tmp_path, "peers").stdout
 
 
+def test_doctor_lists_every_provider(tmp_path: Path) -> None:
+    text = " ".join(shown(tmp_path, "doctor").split())
+    for part in ("provider cpu", "83.2 GFLOP/s", "1.32.0", "provider openvino-gpu", "none"):
+        assert part in text
+    assert "→ it needs NVIDIA's driver" in text
+
+
 def test_a_plan_explains_itself(tmp_path: Path) -> None:
     text = shown(tmp_path, "plan")
     for part in (

@@ -83,6 +83,10 @@ def test_this_device() -> None:
     assert found.backends == ("cpu",)
     assert 0 <= found.load <= 1
     assert (found.threads, found.gflops) == (2, 5.0)
+    probed = read_resources(
+        memory_cap=None, granted_bytes=0, threads=1, gflops=5.0, backends=("cpu", "webgpu")
+    )
+    assert probed.backends == ("cpu", "webgpu")
 
 
 @pytest.mark.parametrize(

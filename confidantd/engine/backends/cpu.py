@@ -1,0 +1,80 @@
+"""ONNX Runtime's own CPU provider: built in, always there, what others are compared with."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from pathlib import Path
+
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as failures
+
+from confidantd.engine.backends.base import (
+    LOAD_FAILURES,
+    BackendDevice,
+    Probe,
+    SessionSetting,
+    base_options,
+    first_line,
+)
+from confidantd.errors import BackendError, CorruptFileError
+
+PROVIDER = "CPUExecutionProvider"
+# Makes a Transpose and a MatMul one FusedMatMul, which MLAS multiplies 12 to 18 % slower.
+DISABLED_OPTIMIZERS = ["MatmulTransposeFusion"]
+# The file is sound, but this release has no such operator, or not for these types.
+_UNSUPPORTED = ("No Op registered", "is not a registered function", "Could not find an impl")
+
+
+class CpuBackend:
+    """The CPU provider with a share of the cores."""
+
+    name = "cpu"
+    shares_host_memory = True
+
+    def probe(self) -> Probe:
+        """Always there."""
+        return Probe(onnxruntime.__version__, (BackendDevice(processor_name(), "cpu"),))
+
+    def session(self, program: Path, setting: SessionSetting) -> onnxruntime.InferenceSession:
+        """Raises CorruptFileError for a broken file, BackendError for an unsupported operator."""
+        options = base_options(setting)
+        options.enable_cpu_mem_arena = True
+        options.enable_mem_pattern = True
+        try:
+            return onnxruntime.InferenceSession(
+                str(program),
+                options,
+                providers=[PROVIDER],
+                disabled_optimizers=DISABLED_OPTIMIZERS,
+                enable_fallback=0,
+            )
+        except (*LOAD_FAILURES, ValueError) as failure:
+            raise _translated(program, failure) from None
+
+
+def _translated(program: Path, failure: Exception) -> BackendError | CorruptFileError:
+    reason = first_line(failure)
+    if isinstance(failure, failures.NotImplemented) or any(part in reason for part in _UNSUPPORTED):
+        return BackendError(
+            f"the backend cpu cannot run {program.name} ({reason})",
+            f"update onnxruntime, here {onnxruntime.__version__}",
+        )
+    return CorruptFileError(f"{program} is not a program this device can run ({reason})")
+
+
+@functools.cache
+def processor_name() -> str:
+    """The processor's name; boards and Android tell it in other fields than laptops."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    fields = dict(_field(line) for line in lines)
+    named = fields.get("model name") or fields.get("Hardware") or fields.get("Model")
+    return named or platform.processor() or platform.machine() or "CPU"
+
+
+def _field(line: str) -> tuple[str, str]:
+    key, _, value = line.partition(":")
+    return key.strip(), value.strip()
