@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 from urllib.parse import quote
@@ -32,6 +32,7 @@ PHASES = {
     "compile": "compiling programs",
     "distribute": "sending layers",
     "load": "loading layers",
+    "measure": "measuring backends",
     "save": "saving the result",
 }
 BAR_CELLS = 24
@@ -178,8 +179,11 @@ def _block(event: Event) -> RenderableType | None:
             return tables.plan(event)
         case "eval":
             return Text(f"held-out loss after {event['step']} steps: {event['loss']:.4f}")
-        case "replan":
-            return Text(f"new plan (epoch {event['epoch']}): {plain(event['reason'])}")
+        case "notice":
+            name, message = plain(event["name"]), plain(event["message"])
+            return Text(f"{name}: {message}", style="yellow")
+        case "backends" | "replan":
+            return Text(_changed(event))
         case "done":
             return _done(event)
         case _:
@@ -193,6 +197,30 @@ def _done(event: Event) -> Table:
             cell(stage.get("name", stage["device"][:8])),
             cell(f"{stage['layers'][0]}-{stage['layers'][1] - 1}"),
             cell(size(stage["peak_memory_bytes"])),
-            cell(f"{100 * stage['busy_fraction']:.0f}%"),
+            cell(_busy(stage)),
         )
     return made
+
+
+def _changed(event: Event) -> str:
+    """Who computes from now on."""
+    if event["event"] == "replan":
+        return f"new plan (epoch {event['epoch']}): {plain(event['reason'])}"
+    return f"{plain(event['name'])}: {backends(event['backends'])}"
+
+
+def _busy(stage: Mapping[str, Any]) -> str:
+    """The stage's busy share, and that of each backend where there are several."""
+    each = [
+        f"{plain(b['name'])} {100 * b['busy_fraction']:.0f}%"
+        for b in stage.get("backends", ())
+        if "busy_fraction" in b
+    ]
+    return ", ".join([f"{100 * stage['busy_fraction']:.0f}%", *each])
+
+
+def backends(found: Sequence[Mapping[str, Any]]) -> str:
+    """Who computes the blocks of a stage, in words."""
+    return ", ".join(
+        f"{plain(b['name'])} {b['heads']} heads and {b['columns']} columns" for b in found
+    )

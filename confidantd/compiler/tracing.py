@@ -117,6 +117,7 @@ def _trace(unit: Unit, inputs: tuple[Port, ...]) -> fx.Graph:
 
     with mode:
         traced = make_fx(both, decomposition_table=dict(core_aten_decompositions()))(*arguments)
+        _drop_detach(traced.graph)
         graph = fx_graph_cse(traced.graph)
     _sizes_from_inputs(graph)
     return graph
@@ -130,6 +131,14 @@ def _fake(mode: FakeTensorMode, port: Port) -> Tensor:
         torch.empty(example_shape(port)), symbolic_context=context
     )  # never written to, so it takes no memory
     return found
+
+
+def _drop_detach(graph: fx.Graph) -> None:
+    """A traced gradient is final: what was constant to it may be the same tensor again."""
+    for node in list(graph.nodes):
+        if node.target in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 def _sizes_from_inputs(graph: fx.Graph) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -44,14 +46,6 @@ class BlockRunner(Protocol):
         """
         ...
 
-    def busy_seconds(self) -> dict[str, float]:
-        """Seconds that each backend has computed so far."""
-        ...
-
-    def close(self) -> None:
-        """End the threads, if there are any."""
-        ...
-
 
 def saved_only(outputs: Named) -> Named:
     """Those outputs that the backward takes as inputs."""
@@ -62,33 +56,60 @@ class FusedBlocks:
     """Whole blocks on one backend."""
 
     UNIT = "block"
+    PROGRAMS = ("block_forward", "block_recompute", "block_backward")
 
-    def __init__(self, programs: Programs) -> None:
+    def __init__(self, programs: Programs, name: str = "cpu") -> None:
+        self._name = name
+        self._clock = BackwardClock()
+        self.busy_seconds = 0.0
         self._forward = programs["block_forward"]
         self._recompute = programs["block_recompute"]
         self._backward = programs["block_backward"]
 
     def forward(self, x: Floats, block: Group, *, keep: bool) -> tuple[Floats, Saved | None]:
         """One program."""
+        started = time.perf_counter()
         only = None if keep else ("y",)
         found = self._forward.run({"x": x}, block.weights, only=only)
+        self.busy_seconds += time.perf_counter() - started
         saved = Saved({self.UNIT: [saved_only(found)]}) if keep else None
         return found["y"].reshape(x.shape), saved
 
     def backward(self, dy: Floats, x: Floats, saved: Saved | None, block: Group) -> Floats:
         """One program, after what it needs was computed again or not."""
+        started = time.perf_counter()
         if saved is None:
             kept = self._recompute.run({"x": x}, block.weights)
         else:
             (kept,) = saved.units[self.UNIT]
         targets = block.gradient_targets()
         found = self._backward.run({"dy": dy, "x": x}, kept, block.weights, into=targets)
+        seconds = time.perf_counter() - started
+        self.busy_seconds += seconds
+        self._clock.add({self._name: seconds})
         block.add_gradients(found)
         return found["dx"].reshape(x.shape)
 
-    def busy_seconds(self) -> dict[str, float]:
-        """The stage's own count is enough for one backend."""
-        return {}
+    def take_backward_seconds(self) -> dict[str, float]:
+        """Of the one backend."""
+        return self._clock.take()
 
-    def close(self) -> None:
-        """Nothing runs in between."""
+
+class BackwardClock:
+    """Mean seconds of backends over backwards."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._count = 0
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """One backward."""
+        self._count += 1
+        for name, more in seconds.items():
+            self._seconds[name] = self._seconds.get(name, 0.0) + more
+
+    def take(self) -> dict[str, float]:
+        """The means since the last call; empty if there was no backward."""
+        found = {name: seconds / self._count for name, seconds in self._seconds.items()}
+        self._seconds, self._count = {}, 0
+        return found

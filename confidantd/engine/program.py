@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 from numpy.typing import NDArray
 
 from confidantd.engine.backends.base import (
@@ -32,13 +34,7 @@ class EngineProgram:
     def __init__(self, path: Path, backend: Backend, setting: SessionSetting) -> None:
         self._session = backend.session(path, setting)
         self._backend = backend
-        try:
-            metadata = self._session.get_modelmeta().custom_metadata_map
-            manifest = json.loads(metadata[MANIFEST_KEY])
-        except (KeyError, ValueError) as failure:
-            raise CorruptFileError(
-                f"{path} is not a program this device can run ({first_line(failure)})"
-            ) from None
+        manifest = _manifest(path, self._session)
         self.name: str = manifest["program"]
         self.inputs = tuple(str(port["name"]) for port in manifest["inputs"])
         self.outputs = tuple(str(port["name"]) for port in manifest["outputs"])
@@ -105,6 +101,25 @@ class EngineProgram:
         if self._backend.name == CpuBackend.name:
             return WorkerError(f"program {self.name} failed: {reason}")
         return BackendError(f"{self._backend.name} failed in {self.name}: {reason}")
+
+
+def _manifest(path: Path, session: onnxruntime.InferenceSession) -> dict[str, Any]:
+    try:
+        metadata = session.get_modelmeta().custom_metadata_map
+        found: dict[str, Any] = json.loads(metadata[MANIFEST_KEY])
+        return found
+    except (KeyError, ValueError) as failure:
+        raise CorruptFileError(
+            f"{path} is not a program this device can run ({first_line(failure)})"
+        ) from None
+
+
+@functools.cache
+def free_dimensions(path: Path) -> frozenset[str]:
+    """Names of the sizes that a program leaves open."""
+    manifest = _manifest(path, CpuBackend().session(path, SessionSetting()))
+    ports = [*manifest["inputs"], *manifest["outputs"]]
+    return frozenset(size for port in ports for size in port["shape"] if isinstance(size, str))
 
 
 def _is_known(shape: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from confidantd.engine.adamw import Step
+from confidantd.engine.backends.base import Backend
 from confidantd.engine.blocks import BlockRunner, FusedBlocks, Saved
 from confidantd.engine.program import load_programs
+from confidantd.engine.split.scheduled import Memory, ScheduledBlocks
+from confidantd.engine.split.team import Report, Team
 from confidantd.engine.tensors import Floats, Reader
 from confidantd.engine.trained_weights import StageWeights
 from confidantd.errors import WorkerError
@@ -51,7 +54,10 @@ class TrainStage:
         threads: int,
     ) -> None:
         self._spec = spec
+        self._paths, self._threads = programs, threads
         self._programs = load_programs(programs, _needed(spec), threads)
+        self._team: Team | None = None
+        self._scheduled: ScheduledBlocks | None = None
         self._blocks: BlockRunner | None = None
         if spec.past_last_layer > spec.first_layer:
             self._blocks = FusedBlocks(load_programs(programs, BLOCK_PROGRAMS, threads))
@@ -60,6 +66,23 @@ class TrainStage:
         self._labels: dict[int, tuple[Array, Array]] = {}
         self._loss = 0.0
         self._step = 0
+
+    def schedule(self, backends: Sequence[Backend], memory: Memory, report: Report) -> None:
+        """Share the blocks out over backends, the way that is fastest here."""
+        if len(backends) > 1 and self._weights.blocks:
+            self._team = Team(backends, self._paths, self._threads, report)
+            first = self._weights.blocks[0]
+            scheduled = ScheduledBlocks(self._spec, first, self._team, memory, report)
+            self._blocks = self._scheduled = scheduled
+
+    def close(self) -> None:
+        """End the backends' threads."""
+        if self._team is not None:
+            self._team.close()
+
+    def backend_seconds(self) -> dict[str, float]:
+        """Seconds that each of several backends has computed since the last call."""
+        return {} if self._scheduled is None else self._scheduled.take_seconds()
 
     def forward(self, microbatch: int, x: Array) -> Floats | None:
         """Ids on the embedding stage, else hidden states; gives hidden states, or None on the
@@ -168,6 +191,8 @@ class TrainStage:
         step = Step(self._step, learning_rate, clip_coefficient)
         self._weights.update(self._spec.optimizer, step)
         self._loss = 0.0
+        if self._scheduled is not None:
+            self._scheduled.end_step()
 
     def trained(self) -> Iterator[tuple[str, Floats]]:
         """Results under Hugging Face (lora: `peft`) names and layout, float32, C order."""

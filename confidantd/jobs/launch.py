@@ -15,6 +15,7 @@ from confidantd.jobs.pipeline import Pipeline, PipelineRouter, Placed
 from confidantd.jobs.programs import Programs
 from confidantd.jobs.record import JobLog
 from confidantd.jobs.setup import Workload, adapter_names, assignments, stage_names
+from confidantd.jobs.stage_notes import StageNotes
 from confidantd.models.safetensors import TensorLocation
 from confidantd.planner.plan import Plan
 from confidantd.store.blobs import BlobStore
@@ -112,7 +113,9 @@ async def launch(
         Placed(stage.device, _host(services.swarm, stage.device), assignment)
         for stage, assignment in zip(plan.stages, found, strict=True)
     ]
-    pipeline = Pipeline(services.peers, services.router, placed, _StageProgressLog(log).add)
+    notes = StageNotes(log, plan)
+    progress = _StageProgressLog(log).add
+    pipeline = Pipeline(services.peers, services.router, placed, progress, notes)
     try:
         await pipeline.start()
     except BaseException:

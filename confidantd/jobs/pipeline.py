@@ -11,6 +11,7 @@ from typing import Any
 from confidantd.errors import ConfidantError, PeerLostError, WorkerError, from_wire
 from confidantd.ids import DeviceId, JobId
 from confidantd.jobs.peers import Peers
+from confidantd.jobs.stage_notes import Note, StageNotes
 from confidantd.store.blobs import BlobStore
 from confidantd.store.fetch import fetch
 from confidantd.tasks import TaskSet
@@ -92,11 +93,17 @@ class Pipeline:
     """All stages of one job in one epoch; may only be used once."""
 
     def __init__(
-        self, peers: Peers, router: PipelineRouter, stages: list[Placed], progress: Progress
+        self,
+        peers: Peers,
+        router: PipelineRouter,
+        stages: list[Placed],
+        progress: Progress,
+        notes: StageNotes,
     ) -> None:
         first = stages[0].assignment
         self.key = (first.job, first.epoch)
         self.progress = progress
+        self.notes = notes
         self._peers = peers
         self._router = router
         self._stages = stages
@@ -115,6 +122,9 @@ class Pipeline:
         """Take an event of a stage; a `Failed` ends every wait."""
         if isinstance(event, Failed):
             self._stage_failed(from_wire(to_map(event)))
+            return
+        if isinstance(event, Note):
+            self.notes.add(stage, event)
             return
         try:
             self._events.put_nowait((stage, event))

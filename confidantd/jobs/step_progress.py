@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,7 @@ class StepProgress:
     _times: deque[float] = field(default_factory=lambda: deque(maxlen=SPEED_WINDOW_STEPS + 1))
     _busy: dict[int, float] = field(default_factory=dict)
     _wall: dict[int, float] = field(default_factory=dict)
+    _backends: dict[int, dict[str, float]] = field(default_factory=dict)
 
     def step_done(self, stage: int, event: StepDone) -> None:
         """Take one stage's report; emits the `step` event with the last of them."""
@@ -35,6 +37,9 @@ class StepProgress:
             self._times.append(time.monotonic() - event.wall_seconds)
         self._busy[stage] = self._busy.get(stage, 0.0) + event.busy_seconds
         self._wall[stage] = self._wall.get(stage, 0.0) + event.wall_seconds
+        backends = self._backends.setdefault(stage, {})
+        for name, seconds in event.backend_seconds.items():
+            backends[name] = backends.get(name, 0.0) + seconds
         answers = self._answers.setdefault(event.step, {})
         answers[stage] = event
         if len(answers) == len(self.launched.pipeline):
@@ -47,6 +52,11 @@ class StepProgress:
             stage: round(self._busy[stage] / max(self._wall[stage], 1e-9), 4)
             for stage in sorted(self._wall)
         }
+
+    def backends(self, stage: int) -> list[dict[str, Any]]:
+        """Who computed a stage's blocks last, each with its busy share over the whole job."""
+        seconds, wall = self._backends.get(stage, {}), max(self._wall.get(stage, 0.0), 1e-9)
+        return _with_shares(self.launched.pipeline.notes.backends(stage), seconds, wall)
 
     def _committed(self, step: int, answers: dict[int, StepDone]) -> None:
         self.done = step + 1
@@ -78,6 +88,23 @@ class StepProgress:
                 "busy_fraction": round(
                     answers[i].busy_seconds / max(answers[i].wall_seconds, 1e-9), 4
                 ),
+                "backends": _with_shares(
+                    self.launched.pipeline.notes.backends(i),
+                    answers[i].backend_seconds,
+                    max(answers[i].wall_seconds, 1e-9),
+                ),
             }
             for i, stage in enumerate(self.launched.plan.stages)
         ]
+
+
+def _with_shares(
+    backends: list[dict[str, Any]], seconds: Mapping[str, float], wall_seconds: float
+) -> list[dict[str, Any]]:
+    """The backends of a stage with their busy shares, where there are several."""
+    if not seconds:
+        return backends
+    return [
+        {**b, "busy_fraction": round(seconds.get(b["name"], 0.0) / wall_seconds, 4)}
+        for b in backends
+    ]

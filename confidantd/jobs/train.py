@@ -121,6 +121,7 @@ class TrainJob:
                         "layers": [stage.first_layer, stage.past_last_layer],
                         "peak_memory_bytes": peaks[index],
                         "busy_fraction": busy[index],
+                        "backends": progress.backends(index),
                     }
                     for index, stage in enumerate(launched.plan.stages)
                 ],

@@ -10,7 +10,7 @@ from confidantd.models.spec import ProgramRequest
 from confidantd.wire.codec import to_map
 
 MANIFEST_KEY = "confidant.manifest"  # in the metadata of a program: its inputs and outputs
-COMPILER_VERSION = "2"  # raise it whenever the compiler would write other programs
+COMPILER_VERSION = "3"  # raise it whenever the compiler would write other programs
 
 _TRAIN = (
     "embedding_forward",

@@ -8,8 +8,8 @@ map `{"type": class name, ...fields}`.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, get_args
 
 from confidantd.errors import ProtocolError
 from confidantd.ids import DeviceId, Digest
@@ -32,12 +32,18 @@ class BlobRange:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """First command: what to compute, where its blobs are, where to listen for other stages."""
+    """First command: what to compute, where its blobs are, where to listen for other stages.
+
+    `backends` are those to use, the CPU's first; `split_file` is where this device remembers
+    how it shared out blocks of this shape between them.
+    """
 
     assignment: StageAssignment
     home: str
     hosts: tuple[str, ...]
     blobs: dict[Digest, BlobRange]
+    backends: tuple[str, ...] = ("cpu",)
+    split_file: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +136,10 @@ class Connected:
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """One step is applied here. `loss` and `gradient_norm` come from the head and stage 0."""
+    """One step is applied here. `loss` and `gradient_norm` come from the head and stage 0.
+
+    `backend_seconds`: how long each backend computed, where there are several.
+    """
 
     step: int
     loss: float | None
@@ -138,6 +147,7 @@ class StepDone:
     busy_seconds: float
     wall_seconds: float
     peak_memory_bytes: int
+    backend_seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +187,39 @@ class Collected:
 
 
 @dataclass(frozen=True, slots=True)
+class BackendShare:
+    """What one backend computes of each block: head groups' query heads, and MLP columns."""
+
+    name: str
+    heads: int
+    columns: int
+
+
+@dataclass(frozen=True, slots=True)
+class SplitChosen:
+    """Who computes the blocks of this stage from now on, and the predicted seconds of one."""
+
+    shares: tuple[BackendShare, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Measuring:
+    """The stage measures its backends: so many of all runs are done."""
+
+    done: int
+    of: int
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something a person should know, in one line; the stage goes on."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """The worker cannot go on; fields as in `ConfidantError.to_wire`."""
 
@@ -186,13 +229,25 @@ class Failed:
 
 
 Command = Load | Connect | TrainStep | Evaluate | Decode | Collect | Stop
-Event = Listening | Loaded | Connected | StepDone | Evaluated | Token | Collected | Failed
+Event = (
+    Listening
+    | Loaded
+    | Connected
+    | StepDone
+    | Evaluated
+    | Token
+    | Collected
+    | SplitChosen
+    | Measuring
+    | Notice
+    | Failed
+)
 _COMMANDS: dict[str, type[Command]] = {
-    c.__name__: c for c in (Load, Connect, TrainStep, Evaluate, Decode, Collect, Stop)
+    c.__name__: c for c in get_args(Command)
 }
 _EVENTS: dict[str, type[Event]] = {
     e.__name__: e
-    for e in (Listening, Loaded, Connected, StepDone, Evaluated, Token, Collected, Failed)
+    for e in get_args(Event)
 }
 
 

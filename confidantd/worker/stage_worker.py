@@ -30,6 +30,7 @@ from confidantd.wire.worker import (
     TrainedTensor,
     TrainStep,
 )
+from confidantd.worker.backends import PipeReport, SplitFile, chosen_backends
 from confidantd.worker.blobs import program_paths, reader
 from confidantd.worker.control import ControlPipe
 from confidantd.worker.exchange import Exchange
@@ -95,7 +96,14 @@ class StageWorker:
 
     async def _serve_training(self, load: Load, exchange: Exchange) -> None:
         place = load.assignment
-        stage = await exchange.compute(make_train_stage, load)
+        report = PipeReport(self._pipe.send)
+        stage = await exchange.compute(make_train_stage, load, report)
+        try:
+            await self._train(place, stage, exchange)
+        finally:
+            stage.close()
+
+    async def _train(self, place: StageAssignment, stage: TrainStage, exchange: Exchange) -> None:
         self._pipe.send(Loaded(dict(stage.resident_bytes())))
         trainer = Trainer(place, stage, exchange)
         while True:
@@ -163,16 +171,20 @@ def make_links(load: Load) -> Links:
     )
 
 
-def make_train_stage(load: Load) -> TrainStage:
-    """Programs and weights of a training stage."""
+def make_train_stage(load: Load, report: PipeReport) -> TrainStage:
+    """Programs and weights of a training stage, and who computes its blocks."""
     place = load.assignment
-    return TrainStage(
+    stage = TrainStage(
         place.spec,
         program_paths(place.programs, load.blobs),
         reader(place.tensors, load.blobs),
         reader(place.adapter_tensors, load.blobs) if place.adapter_tensors else None,
         place.threads,
     )
+    if len(load.backends) > 1:
+        backends = chosen_backends(load.backends, report)
+        stage.schedule(backends, SplitFile(load.split_file), report)
+    return stage
 
 
 def make_decode_stage(load: Load) -> DecodeStage:

@@ -49,6 +49,7 @@ class Trainer:
             busy_seconds=self._exchange.busy_seconds,
             wall_seconds=time.perf_counter() - started,
             peak_memory_bytes=peak_memory_bytes(),
+            backend_seconds=self._stage.backend_seconds(),
         )
 
     async def evaluate(self, command: Evaluate) -> Evaluated | None:

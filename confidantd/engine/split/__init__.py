@@ -1,0 +1,1 @@
+"""Head groups and MLP columns of a block on several backends at once."""

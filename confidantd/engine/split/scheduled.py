@@ -1,0 +1,150 @@
+"""The blocks of a stage, run the way that measured fastest, for as long as that holds.
+
+The first time a block of this shape is seen, every backend is measured; the answer is
+remembered. A backend that fails is left out, and one that drifts away from what was
+measured (heat, another program) gives or takes shares between two steps. None of that
+changes a number beyond rounding: shares are views of the same weights.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from confidantd.engine.backends.cpu import CpuBackend
+from confidantd.engine.blocks import BlockRunner, FusedBlocks, Saved
+from confidantd.engine.split.blocks import ATTENTION, MLP, SplitBlocks
+from confidantd.engine.split.plan import make_parts
+from confidantd.engine.split.profile import Bench, measure, placement_of
+from confidantd.engine.split.team import Report, Team
+from confidantd.engine.tensors import Floats
+from confidantd.engine.trained_weights import Group
+from confidantd.errors import BackendError
+from confidantd.planner.drift import Drift, backward_seconds, rebalance, scaled
+from confidantd.planner.heads import BlockSplit
+from confidantd.planner.split_choice import (
+    BlockProfile,
+    choose_block,
+    from_json,
+    shares_of,
+    to_json,
+)
+from confidantd.wire.stage import StageSpec
+from confidantd.wire.worker import BackendShare, SplitChosen
+
+
+class Memory(Protocol):
+    """Where the profile of a block shape is kept."""
+
+    def read(self) -> bytes | None:
+        """What was written last; None if nothing was."""
+        ...
+
+    def write(self, data: bytes) -> None:
+        """Remember."""
+        ...
+
+
+class ScheduledBlocks:
+    """A `BlockRunner` that chooses another one, and may choose again in `end_step`."""
+
+    def __init__(
+        self, spec: StageSpec, block: Group, team: Team, memory: Memory, report: Report
+    ) -> None:
+        self._spec = spec
+        self._team = team
+        self._report = report
+        found = _remembered(memory, team)
+        if found is None:
+            found = measure(Bench.of(spec, block), team, report)
+            if not team.left_out:
+                memory.write(to_json(found))
+        self._profile = found
+        self._adopt(self._best())
+
+    def _best(self) -> BlockSplit:
+        block = self._spec.model.block
+        return choose_block(self._profile, block.kv_heads, block.columns)
+
+    def _adopt(self, choice: BlockSplit) -> None:
+        """Run this way from now on."""
+        self._profile = self._profile.without(self._team.left_out)
+        self._left_out = len(self._team.left_out)
+        self._choice, self._drift = choice, Drift()
+        self._runner: FusedBlocks | SplitBlocks
+        self._runner = self._fused(choice.alone) if choice.alone else self._split(choice)
+        block = self._spec.model.block
+        shares = shares_of(choice, block.heads, block.kv_heads, block.columns)
+        found = tuple(BackendShare(*share) for share in shares)
+        self._report.chosen(SplitChosen(found, choice.seconds))
+
+    def _fused(self, name: str) -> FusedBlocks:
+        try:
+            return self._team.fused(name)
+        except BackendError as failure:
+            if name == CpuBackend.name:
+                raise
+            self._team.leave_out(name, failure)
+            return self._fused(CpuBackend.name)
+
+    def _split(self, choice: BlockSplit) -> SplitBlocks:
+        shares = {ATTENTION: choice.attention, MLP: choice.mlp}
+        placement = placement_of(shares, self._spec.model.block.columns)
+        programs = [self._team.parts(name) for name in choice.backends]
+        for index, made in enumerate(programs):
+            made.drop_all_but(placement.of(index))
+        threads = [self._team.thread(name) for name in choice.backends]
+        parts = make_parts(self._spec.model, self._spec.lora, programs, threads, placement)
+        return SplitBlocks(parts, self._team.cpu, self._team.leave_out)
+
+    def forward(self, x: Floats, block: Group, *, keep: bool) -> tuple[Floats, Saved | None]:
+        """As the chosen runner; where a backend that runs alone fails, again on the CPU."""
+        try:
+            return self._runner.forward(x, block, keep=keep)
+        except BackendError as failure:
+            return self._without(failure).forward(x, block, keep=keep)
+
+    def backward(self, dy: Floats, x: Floats, saved: Saved | None, block: Group) -> Floats:
+        """As `forward`."""
+        try:
+            return self._runner.backward(dy, x, saved, block)
+        except BackendError as failure:
+            return self._without(failure).backward(dy, x, saved, block)
+
+    def _without(self, failure: BackendError) -> BlockRunner:
+        """The CPU takes over from the backend that ran whole blocks."""
+        assert self._choice.alone is not None
+        self._team.leave_out(self._choice.alone, failure)
+        self._runner = self._fused(CpuBackend.name)
+        return self._runner
+
+    def end_step(self) -> None:
+        """Between two steps: go on without what failed, and follow what drifted."""
+        if len(self._team.left_out) > self._left_out:
+            self._profile = self._profile.without(self._team.left_out)
+            self._adopt(self._best())
+            return
+        predicted = backward_seconds(self._profile, self._choice)
+        self._drift = self._drift.observe(predicted, self._runner.take_backward_seconds())
+        if self._drift.lasting:
+            self._move()
+
+    def _move(self) -> None:
+        """Look for other shares under the speeds of now."""
+        self._profile = scaled(self._profile, self._drift.ratios)
+        self._drift = Drift()
+        block = self._spec.model.block
+        found = rebalance(self._profile, self._choice, block.kv_heads, block.columns)
+        if found is not None:
+            self._report.notice("backends-moved", "backends changed speed: work is shared anew")
+            self._adopt(found)
+
+    def take_seconds(self) -> dict[str, float]:
+        """Seconds that each backend has computed since the last call."""
+        return self._team.take_seconds()
+
+
+def _remembered(memory: Memory, team: Team) -> BlockProfile | None:
+    """What was measured before, if it was measured with these backends."""
+    data = memory.read()
+    found = None if data is None else from_json(data)
+    return found if found is not None and found.backends == set(team.names) else None

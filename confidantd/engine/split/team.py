@@ -1,0 +1,106 @@
+"""The backends that work on a stage, until one fails."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from confidantd.engine.backends.base import Backend
+from confidantd.engine.backends.cpu import CpuBackend
+from confidantd.engine.blocks import FusedBlocks
+from confidantd.engine.split.parts import BackendPrograms, BackendThread, share_cores
+from confidantd.errors import BackendError
+from confidantd.wire.worker import SplitChosen
+
+
+class Report(Protocol):
+    """Who hears what the backends of a stage do."""
+
+    def notice(self, code: str, message: str) -> None:
+        """Something a person should know; the stage goes on."""
+        ...
+
+    def measuring(self, done: int, of: int) -> None:
+        """So many of all measurements are done."""
+        ...
+
+    def chosen(self, split: SplitChosen) -> None:
+        """Who computes what from now on."""
+        ...
+
+
+class Team:
+    """Backends in order, the CPU's first, each with its programs and a thread.
+
+    `threads` are those of the stage: a backend alone has all of them, together they
+    share them and the cores.
+    """
+
+    def __init__(
+        self, backends: Sequence[Backend], paths: Mapping[str, Path], threads: int, report: Report
+    ) -> None:
+        share = max(1, threads // len(backends))
+        cores = share_cores(len(backends))
+        self._paths = paths
+        self._report = report
+        self.cpu = BackendPrograms(CpuBackend(), paths, threads)
+        self._whole = {b.name: BackendPrograms(b, paths, threads) for b in backends}
+        self._whole[CpuBackend.name] = self.cpu
+        self._parts = {b.name: BackendPrograms(b, paths, share) for b in backends}
+        self._threads = {
+            b.name: BackendThread(b.name, c) for b, c in zip(backends, cores, strict=True)
+        }
+        self._fused: dict[str, FusedBlocks] = {}
+        self._taken: dict[str, float] = {}
+        self.left_out: list[str] = []
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Backends that have not failed."""
+        return tuple(name for name in self._parts if name not in self.left_out)
+
+    def parts(self, name: str) -> BackendPrograms:
+        """A backend's programs for shares."""
+        return self._parts[name]
+
+    def thread(self, name: str) -> BackendThread:
+        """A backend's thread."""
+        return self._threads[name]
+
+    def fused(self, name: str) -> FusedBlocks:
+        """Whole blocks on one backend; raises BackendError if it cannot run them."""
+        if name not in self._fused:
+            programs = {n: self._whole[name].get(n) for n in FusedBlocks.PROGRAMS}
+            self._fused[name] = FusedBlocks(programs, name)
+        return self._fused[name]
+
+    def can_split(self, program: str) -> bool:
+        """Whether there are several backends and the stage was given programs of parts."""
+        return len(self.names) > 1 and program in self._paths
+
+    def leave_out(self, name: str, failure: BackendError) -> None:
+        """Go on without a backend; said once."""
+        if name in self.left_out:
+            return
+        self.left_out.append(name)
+        self._report.notice(
+            "backend-left-out",
+            f"{name} is left out and the job goes on without it ({failure.message})",
+        )
+
+    def take_seconds(self) -> dict[str, float]:
+        """Seconds that each backend has computed since the last call, alone and in parts."""
+        found = {}
+        for name, thread in self._threads.items():
+            total = thread.busy_seconds
+            if name in self._fused:
+                total += self._fused[name].busy_seconds
+            found[name] = total - self._taken.get(name, 0.0)
+            self._taken[name] = total
+        return found
+
+    def close(self) -> None:
+        """End every thread."""
+        for thread in self._threads.values():
+            thread.close()
