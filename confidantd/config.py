@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast, get_args
 
 import platformdirs
 
@@ -19,6 +19,7 @@ from confidantd.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "CONFIDANT_"
 CONFIG_NAME = "config.toml"
+Split = Literal["auto", "always", "never"]
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MAX_NAME_CHARACTERS = 64
 MAX_HOME_BYTES = 90  # with `/control.sock` it stays under the 104 bytes of a socket's path
@@ -31,6 +32,8 @@ class DaemonConfig:
     """How one daemon runs. `port` None: the one of last time, or any free one.
 
     `memory_bytes` and `threads` cap what jobs may use here; None: what there is.
+    `backends` are the execution providers that jobs may use, all that work if there are
+    none; `split` says whether they share blocks: where it is faster, always, or never.
     """
 
     home: Path
@@ -41,6 +44,8 @@ class DaemonConfig:
     mdns: bool = True
     memory_bytes: int | None = None
     threads: int | None = None
+    backends: tuple[str, ...] = ()
+    split: Split = "auto"
     log_level: str = "info"
 
 
@@ -98,7 +103,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
         value = environment.get(ENVIRONMENT_PREFIX + name.upper())
         if value is None:
             continue
-        listed = name in ("hosts", "peers")
+        listed = name in ("hosts", "peers", "backends")
         found[name] = tuple(value.replace(",", " ").split()) if listed else value
     return found
 
@@ -128,14 +133,20 @@ def _home(path: Path) -> Path:
     return path
 
 
-def _addresses(name: str, value: Any) -> tuple[str, ...]:
+def _texts(name: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
-        raise ConfigError(f"`{name}` must be a list of addresses")
+        raise ConfigError(f"`{name}` must be a list of texts")
     return tuple(value)
 
 
+def _split(name: str, value: Any) -> Split:
+    if value in get_args(Split):
+        return cast("Split", value)
+    raise ConfigError(f"`{name}` cannot be {value!r:.40}", f"known: {', '.join(get_args(Split))}")
+
+
 def _hosts(name: str, value: Any) -> tuple[str, ...]:
-    hosts = _addresses(name, value)
+    hosts = _texts(name, value)
     for host in hosts:
         try:
             ipaddress.ip_address(host)
@@ -199,10 +210,12 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "name": _name,
     "port": _port,
     "hosts": _hosts,
-    "peers": _addresses,
+    "peers": _texts,
     "mdns": _flag,
     "memory_bytes": _memory,
     "threads": _threads,
+    "backends": _texts,
+    "split": _split,
     "log_level": _log_level,
 }
 

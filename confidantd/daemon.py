@@ -27,6 +27,7 @@ from confidantd.jobs.peers import Peers
 from confidantd.jobs.pipeline import PipelineRouter
 from confidantd.jobs.programs import Programs
 from confidantd.jobs.service import Jobs
+from confidantd.jobs.splits import Splits
 from confidantd.jobs.stage_host import StageHost
 from confidantd.net.network import Network
 from confidantd.profile.measure import measure_backends
@@ -77,6 +78,7 @@ class Daemon:
             self._host_of,
             self._granted.set,
             self._coordinator_id,
+            Splits(home / "backends", self._threads, config.split, self._used_providers),
         )
         self._router = PipelineRouter(peers)
         services = JobServices(
@@ -162,8 +164,13 @@ class Daemon:
             granted_bytes=granted_bytes,
             threads=self._threads,
             gflops=cpu_gflops(self._providers),
-            backends=present_names(self._providers),
+            backends=present_names(self._used_providers()),
         )
+
+    def _used_providers(self) -> tuple[Provider, ...]:
+        """Those that the configuration lets jobs use; the CPU's always."""
+        wanted = (*self._config.backends, "cpu")
+        return tuple(p for p in self._providers if not self._config.backends or p.name in wanted)
 
     def _host_of(self, device: DeviceId) -> str | None:
         address = self._network.address(device)
@@ -260,6 +267,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-mdns", action="store_true", help="find peers by address only")
     parser.add_argument("--memory", metavar="SIZE", help="most memory for jobs, like 2G")
     parser.add_argument("--threads", type=int, help="most threads for jobs")
+    parser.add_argument(
+        "--backend", action="append", metavar="NAME", help="use this provider; repeatable"
+    )
+    parser.add_argument(
+        "--split", metavar="WHEN", help="share blocks between providers: auto, always or never"
+    )
     parser.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error")
     parser.add_argument("--version", action="version", version=confidantd.__version__)
     return parser
@@ -275,6 +288,8 @@ def _flags(arguments: argparse.Namespace) -> dict[str, Any]:
         "mdns": False if arguments.no_mdns else None,
         "memory_bytes": parse_size(arguments.memory) if arguments.memory else None,
         "threads": arguments.threads,
+        "backends": tuple(arguments.backend or ()),
+        "split": arguments.split,
         "log_level": arguments.log_level,
     }
 

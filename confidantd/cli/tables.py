@@ -161,7 +161,7 @@ def plan(fields: Mapping[str, Any]) -> RenderableType:
             cell(size(stage.get("available_bytes"))),
             cell(duration(stage["seconds"])),
         )
-    parts: list[RenderableType] = [made]
+    parts: list[RenderableType] = [made, *_backends(fields["stages"])]
     names = {stage["device"]: stage["name"] for stage in fields["stages"]}
     for link in fields["links"]:
         ends_text = f"{names.get(link['from'], '?')} → {names.get(link['to'], '?')}"
@@ -185,6 +185,26 @@ def plan(fields: Mapping[str, Any]) -> RenderableType:
         )
     )
     return Group(*parts)
+
+
+def _backends(stages: Iterable[Mapping[str, Any]]) -> list[Text]:
+    """Lines for the devices that have more than the CPU."""
+    lines = []
+    for stage in stages:
+        name, shares = plain(stage["name"]), stage["backends"]
+        if len(shares) > 1 or shares[0]["name"] != "cpu":
+            lines.append(Text(f"{name}: {backend_shares(shares)}"))
+        if stage.get("unmeasured_backends"):
+            others = ", ".join(plain(other) for other in stage["unmeasured_backends"])
+            lines.append(Text(f"{name}: {others} are measured when the job starts", style="dim"))
+    return lines
+
+
+def backend_shares(found: Iterable[Mapping[str, Any]]) -> str:
+    """Who computes the blocks of a stage, in words."""
+    return ", ".join(
+        f"{plain(b['name'])} {b['heads']} heads and {b['columns']} columns" for b in found
+    )
 
 
 def _bar(used: int, cap: int | None) -> Text:

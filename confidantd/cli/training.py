@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
 from urllib.parse import quote
@@ -206,7 +206,7 @@ def _changed(event: Event) -> str:
     """Who computes from now on."""
     if event["event"] == "replan":
         return f"new plan (epoch {event['epoch']}): {plain(event['reason'])}"
-    return f"{plain(event['name'])}: {backends(event['backends'])}"
+    return f"{plain(event['name'])}: {tables.backend_shares(event['backends'])}"
 
 
 def _busy(stage: Mapping[str, Any]) -> str:
@@ -217,10 +217,3 @@ def _busy(stage: Mapping[str, Any]) -> str:
         if "busy_fraction" in b
     ]
     return ", ".join([f"{100 * stage['busy_fraction']:.0f}%", *each])
-
-
-def backends(found: Sequence[Mapping[str, Any]]) -> str:
-    """Who computes the blocks of a stage, in words."""
-    return ", ".join(
-        f"{plain(b['name'])} {b['heads']} heads and {b['columns']} columns" for b in found
-    )

@@ -9,7 +9,7 @@ before `backward`, is the *recompute* form.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import sympy
@@ -47,13 +47,12 @@ def unit_programs(unit: Unit, request: ProgramRequest) -> list[Traced]:
     trained = {port.name: port for port in unit.weights if port.name in unit.trained}
     gradients += [Port(f"gradient.{n}", "gradient", trained[n].shape) for n in unit.trained]
     kept = tuple(saved.items())
-    makes: Sequence[tuple[str, tuple[tuple[fx.Node, Port], ...]]] = (
-        ("forward", ((found.output, Port("y", "activation", tokens)), *kept)),
-        ("recompute", kept),
-    )
+    makes = {"forward": ((found.output, Port("y", "activation", tokens)), *kept)}
+    if unit.recomputes:
+        makes["recompute"] = kept
     programs = [
         _program(f"{unit.name}_{name}", graph, ports_of, outputs, unit.constants)
-        for name, outputs in makes
+        for name, outputs in makes.items()
     ]
     outputs = tuple(zip(found.gradients, gradients, strict=True))
     backward = _program(f"{unit.name}_backward", graph, ports_of | saved, outputs, unit.constants)

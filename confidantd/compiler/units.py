@@ -30,13 +30,17 @@ from confidantd.models.tensors import target_linears
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """`compute` takes the tokens `x`, the weights and the constants by name."""
+    """`compute` takes the tokens `x`, the weights and the constants by name.
+
+    `recomputes`: what the forward saves is asked for without its output, too.
+    """
 
     name: str
     weights: tuple[Port, ...]
     trained: tuple[str, ...]
     compute: Callable[[Values], Tensor]
     constants: Values
+    recomputes: bool = True
 
 
 def training_units(request: ProgramRequest) -> tuple[Unit, ...]:
@@ -98,7 +102,14 @@ def _attention_part(request: ProgramRequest) -> Unit:
         }
         return attention(flat, spec, request.microbatch_size, scale)
 
-    return Unit("attention", weights, _trained(request, weights), compute, _rope_tables(request))
+    return Unit(
+        "attention",
+        weights,
+        _trained(request, weights),
+        compute,
+        _rope_tables(request),
+        recomputes=False,  # the MLP's input is computed again from the attention's output
+    )
 
 
 def _mlp_part(request: ProgramRequest) -> Unit:

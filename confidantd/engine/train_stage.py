@@ -19,7 +19,7 @@ from confidantd.engine.split.team import Report, Team
 from confidantd.engine.tensors import Floats, Reader
 from confidantd.engine.trained_weights import StageWeights
 from confidantd.errors import WorkerError
-from confidantd.wire.stage import StageSpec
+from confidantd.wire.stage import Split, StageSpec
 
 Array = NDArray[Any]
 IGNORED_LABEL = -100
@@ -67,12 +67,18 @@ class TrainStage:
         self._loss = 0.0
         self._step = 0
 
-    def schedule(self, backends: Sequence[Backend], memory: Memory, report: Report) -> None:
+    def schedule(
+        self,
+        backends: Sequence[Backend],
+        memory: Memory,
+        report: Report,
+        split: Split = "auto",
+    ) -> None:
         """Share the blocks out over backends, the way that is fastest here."""
         if len(backends) > 1 and self._weights.blocks:
             self._team = Team(backends, self._paths, self._threads, report)
             first = self._weights.blocks[0]
-            scheduled = ScheduledBlocks(self._spec, first, self._team, memory, report)
+            scheduled = ScheduledBlocks(self._spec, first, self._team, memory, report, split)
             self._blocks = self._scheduled = scheduled
 
     def close(self) -> None:

@@ -17,12 +17,19 @@ from confidantd.errors import (
 from confidantd.ids import DeviceId
 from confidantd.jobs.launch import SwarmView
 from confidantd.jobs.peers import Peers
-from confidantd.jobs.plan_inputs import plan_devices, plan_workload
+from confidantd.jobs.plan_inputs import plan_devices, plan_workload, program_request
 from confidantd.planner.partition import PlanDevice
 from confidantd.planner.plan import Plan, StagePlan, make_plan
 from confidantd.swarm.state import CoordinatorView
 from confidantd.wire.codec import from_map, to_map
-from confidantd.wire.jobs import Offer, OfferAnswer, PlanRequest, StopStage
+from confidantd.wire.jobs import (
+    BackendsAnswer,
+    BackendsQuestion,
+    Offer,
+    OfferAnswer,
+    PlanRequest,
+    StopStage,
+)
 
 OFFER_SECONDS = 10.0
 MAX_ROUNDS = 5  # each round learns at least one device's true memory
@@ -48,7 +55,8 @@ class Coordinator:
         self._term()
         request = from_map(PlanRequest, params)
         devices = plan_devices(self._swarm.peers(), request.devices)
-        return to_map(await self._make(request, devices, owner))
+        plan = await self._make(request, devices, owner)
+        return to_map(await self._with_backends(request, plan))
 
     async def _negotiate(self, owner: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
         request = from_map(PlanRequest, params)
@@ -65,7 +73,7 @@ class Coordinator:
                 asked |= {stage.device for stage in plan.stages} - set(declined)
                 if not declined:
                     await self._withdraw(request, asked - {s.device for s in plan.stages})
-                    return to_map(plan)
+                    return to_map(await self._with_backends(request, plan))
                 devices = _with_answers(devices, declined)
             await self._withdraw(request, asked)
         reasons = "; ".join(f"{d[:8]}: {answer.reason}" for d, answer in declined.items())
@@ -77,6 +85,26 @@ class Coordinator:
         return await asyncio.to_thread(
             make_plan, plan_workload(request), devices, owner, use_all=bool(request.devices)
         )
+
+    async def _with_backends(self, request: PlanRequest, plan: Plan) -> Plan:
+        """The plan with each device's own shares between its backends."""
+        stages = await asyncio.gather(*(self._stage_backends(request, s) for s in plan.stages))
+        return replace(plan, stages=tuple(stages))
+
+    async def _stage_backends(self, request: PlanRequest, stage: StagePlan) -> StagePlan:
+        if not stage.unmeasured:
+            return stage
+        question = BackendsQuestion(program_request(request), stage.form)
+        try:
+            found = await self._peers.request(
+                stage.device, "stage.backends", to_map(question), timeout_seconds=OFFER_SECONDS
+            )
+        except ConfidantError:  # only what is shown depends on the answer
+            return stage
+        answer = from_map(BackendsAnswer, found)
+        if not answer.shares:
+            return stage
+        return replace(stage, backends=answer.shares, unmeasured=())
 
     async def _offer_all(
         self, request: PlanRequest, plan: Plan, owner: DeviceId

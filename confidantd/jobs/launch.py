@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from confidantd.jobs.programs import Programs
 from confidantd.jobs.record import JobLog
 from confidantd.jobs.setup import Workload, adapter_names, assignments, stage_names
 from confidantd.jobs.stage_notes import StageNotes
+from confidantd.models.programs import worth_splitting
 from confidantd.models.safetensors import TensorLocation
 from confidantd.planner.plan import Plan
 from confidantd.store.blobs import BlobStore
@@ -23,7 +24,7 @@ from confidantd.store.model_index import ModelIndex
 from confidantd.swarm.state import CoordinatorView, PeerView
 from confidantd.wire.codec import from_map, to_map
 from confidantd.wire.jobs import StageProgress
-from confidantd.wire.stage import OptimizerSpec, StageSpec, TensorEntry
+from confidantd.wire.stage import OptimizerSpec, ProgramEntry, StageSpec, TensorEntry
 
 PLAN_SECONDS = 60.0
 COORDINATOR_SECONDS = 10.0  # an election takes less than five
@@ -87,11 +88,7 @@ async def launch(
 ) -> Launched:
     """Bring up the pipeline of a job; emits `progress` and `plan` events on the way."""
     await ask_coordinator(services, "job.plan", workload, log, devices)  # refuse before compiling
-    programs = await services.programs.get(
-        workload.program_request(),
-        compilers(services.swarm),
-        lambda name, done, of: emit_progress(log, "compile", done, of, name),
-    )
+    programs = await _programs(services, log, workload)
     tensors, adapter = await _index(services, log, workload)
     plan = await ask_coordinator(services, "job.negotiate", workload, log, devices)
     log.record.devices = [stage.name for stage in plan.stages]
@@ -122,6 +119,24 @@ async def launch(
         await asyncio.shield(pipeline.stop())
         raise
     return Launched(pipeline, plan, tuple(a.spec for a in found))
+
+
+async def _programs(
+    services: JobServices, log: JobLog, workload: Workload
+) -> dict[str, ProgramEntry]:
+    """The programs of whole blocks, and of parts where a device could share blocks out."""
+
+    def progress(name: str, done: int, of: int) -> None:
+        emit_progress(log, "compile", done, of, name)
+
+    request, others = workload.program_request(), compilers(services.swarm)
+    found = await services.programs.get(request, others, progress)
+    peers = [p for p in services.swarm.peers() if p.is_self or p.state == "alive"]
+    several = any(p.resources is not None and len(p.resources.backends) > 1 for p in peers)
+    if several and worth_splitting(request):
+        parts = replace(request, split=True)
+        found = found | await services.programs.get(parts, others, progress)
+    return found
 
 
 def emit_progress(log: JobLog, phase: str, done: int, of: int, detail: str = "") -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from confidantd.errors import DeviceError
 from confidantd.ids import short_id
 from confidantd.models.saved import saved_floats
+from confidantd.models.spec import ProgramRequest
 from confidantd.models.tensors import (
     block_parameters,
     embedding_parameters,
@@ -55,6 +56,16 @@ def plan_workload(request: PlanRequest) -> Workload:
     )
 
 
+def program_request(request: PlanRequest) -> ProgramRequest:
+    """The programs that a plan's stages run."""
+    if request.method is None:
+        return ProgramRequest(request.model, "generate")
+    rows = request.batch_size // request.microbatches
+    return ProgramRequest(
+        request.model, "train", request.method, request.lora, rows, request.sequence_length
+    )
+
+
 def _saved_floats(request: PlanRequest) -> int:
     rows = request.batch_size // request.microbatches
     return saved_floats(request.model, request.lora, rows, request.sequence_length)
@@ -82,4 +93,5 @@ def _device(peer: PeerView) -> PlanDevice:
         gflops=resources.gflops,
         bandwidth_mbps=resources.bandwidth_mbps,
         round_trip_seconds=None if trip is None else trip / 1000,
+        backends=resources.backends or ("cpu",),
     )

@@ -17,12 +17,14 @@ from confidantd.errors import (
 )
 from confidantd.ids import DeviceId, Digest, JobId, is_job_id
 from confidantd.jobs.peers import Peers
+from confidantd.jobs.splits import Splits, program_request
 from confidantd.jobs.stage_blobs import StageBlobs
 from confidantd.jobs.worker_process import WorkerProcess
 from confidantd.store.blobs import BlobStore
 from confidantd.tasks import TaskSet
 from confidantd.wire.codec import from_map, to_map
 from confidantd.wire.jobs import (
+    BackendsQuestion,
     Offer,
     OfferAnswer,
     StageCommand,
@@ -80,6 +82,7 @@ class StageHost:
         address_of: Callable[[DeviceId], str | None],
         granted: Callable[[], None],
         coordinator: Callable[[], DeviceId | None],
+        splits: Splits,
     ) -> None:
         self._peers = peers
         self._store = store
@@ -91,11 +94,13 @@ class StageHost:
         self._address_of = address_of
         self._grants_changed = granted
         self._coordinator = coordinator
+        self._splits = splits
         self._held: dict[JobId, HeldStage] = {}
         self._epochs: dict[JobId, int] = {}
         self._deciding = asyncio.Lock()  # two offers at once must not get the same memory
         self._tasks = TaskSet("stages")
         self._handle("stage.offer", self._offer)
+        self._handle("stage.backends", self._backends)
         self._handle("stage.withdraw", self._withdraw)
         self._handle("stage.start", self._start)
         self._handle("stage.command", self._command)
@@ -160,6 +165,11 @@ class StageHost:
         self._grants_changed()
         return OfferAnswer(True, free)
 
+    async def _backends(self, _device: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
+        question = from_map(BackendsQuestion, params)
+        answer = await asyncio.to_thread(self._splits.answer, question.programs, question.form)
+        return to_map(answer)
+
     async def _withdraw(self, coordinator: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
         """Free a grant that the final plan does not use; only who made the offer may."""
         message = from_map(StopStage, params)
@@ -192,7 +202,7 @@ class StageHost:
         loop = asyncio.get_running_loop()
         held.started = {kind: loop.create_future() for kind in (Listening, Loaded)}
         self._tasks.start(self._pump(held, held.process, assignment), f"events-{assignment.job}")
-        await held.process.send(Load(assignment, str(self._home), self._hosts, blobs))
+        await held.process.send(self._load(assignment, blobs))
         try:
             async with asyncio.timeout(LOAD_SECONDS):
                 listening = await held.started[Listening]
@@ -202,6 +212,19 @@ class StageHost:
         assert isinstance(listening, Listening)
         assert isinstance(loaded, Loaded)
         return StageStarted(listening.port, loaded.resident_bytes)
+
+    def _load(self, assignment: StageAssignment, blobs: dict[Digest, BlobRange]) -> Load:
+        spec, splits = assignment.spec, self._splits
+        file = splits.file(program_request(spec), spec.form)
+        return Load(
+            assignment,
+            str(self._home),
+            self._hosts,
+            blobs,
+            splits.backends(),
+            splits.split,
+            str(file),
+        )
 
     async def _pump(
         self, held: HeldStage, process: WorkerProcess, assignment: StageAssignment

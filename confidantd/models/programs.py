@@ -7,10 +7,13 @@ import json
 
 from confidantd.ids import Digest, digest_of
 from confidantd.models.spec import ProgramRequest
+from confidantd.models.tensors import block_parameters
 from confidantd.wire.codec import to_map
 
 MANIFEST_KEY = "confidant.manifest"  # in the metadata of a program: its inputs and outputs
 COMPILER_VERSION = "3"  # raise it whenever the compiler would write other programs
+
+LEAST_SPLIT_FLOPS = 1e8  # of a block's forward: under 1 ms on a phone's core, less than a join
 
 _TRAIN = (
     "embedding_forward",
@@ -20,11 +23,14 @@ _TRAIN = (
     "head_loss",
     "head_backward",
 )
-_TRAIN_SPLIT = tuple(
-    f"{unit}_{program}"
-    for unit in ("attention", "mlp")
-    for program in ("forward", "recompute", "backward")
+_TRAIN_SPLIT = (
+    "attention_forward",
+    "attention_backward",
+    "mlp_forward",
+    "mlp_recompute",
+    "mlp_backward",
 )
+_GENERATE_SPLIT = ("attention_decode", "mlp_decode")
 _GENERATE = ("embedding_decode", "block_decode", "head_logits")
 
 
@@ -34,7 +40,7 @@ def canonical_request(request: ProgramRequest) -> ProgramRequest:
     if request.model.positions == "learned":
         model = dataclasses.replace(model, max_positions=request.model.max_positions)
     if request.purpose == "generate":
-        return ProgramRequest(model, "generate")
+        return ProgramRequest(model, "generate", split=request.split)
     lora = request.lora if request.method == "lora" else None
     if lora is not None:
         lora = dataclasses.replace(lora, targets=tuple(sorted(set(lora.targets))))
@@ -50,7 +56,15 @@ def request_key(request: ProgramRequest) -> Digest:
 def program_names(request: ProgramRequest) -> tuple[str, ...]:
     """The programs of a request; a frozen embedding needs no backward."""
     if request.purpose == "generate":
-        return _GENERATE
+        return _GENERATE_SPLIT if request.split else _GENERATE
     if request.split:
         return _TRAIN_SPLIT
     return _TRAIN if request.method == "lora" else (*_TRAIN, "embedding_backward")
+
+
+def worth_splitting(request: ProgramRequest) -> bool:
+    """Whether blocks are so large that several backends could share one."""
+    if request.purpose == "generate":
+        return False
+    tokens = request.microbatch_size * request.sequence_length
+    return 2 * tokens * block_parameters(request.model) >= LEAST_SPLIT_FLOPS

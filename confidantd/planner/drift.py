@@ -100,10 +100,10 @@ def _scaled(curve: Curve, ratios: Mapping[str, float]) -> Curve:
 
 
 def rebalance(
-    now: BlockProfile, current: BlockSplit, groups: int, columns: int
+    now: BlockProfile, current: BlockSplit, groups: int, columns: int, split: str = "auto"
 ) -> BlockSplit | None:
     """Other shares than `current` if they gain enough under what is measured `now`."""
-    best = choose_block(now, groups, columns)
+    best = choose_block(now, groups, columns, split)
     kept = _seconds(now, current)
     moved = (best.alone, best.attention, best.mlp) != (
         current.alone,

@@ -126,14 +126,20 @@ def _around(total: int, backends: int, backend: int, size: int) -> tuple[int, ..
     return (*even[:backend], size, *even[backend:])
 
 
-def best_split(total: int, curves: Sequence[Curve], join_seconds: float) -> UnitSplit:
+def best_split(
+    total: int, curves: Sequence[Curve], join_seconds: float, least_backends: int = 1
+) -> UnitSplit:
     """The shares with the least seconds; of equals with fewer backends, then the more even.
 
-    Exact: every composition is tried whose slowest parts so far leave a chance.
+    Exact: every way to share `total` is tried, but those with fewer than `least_backends`
+    (as far as `total` goes round).
     """
+    least = min(least_backends, total, len(curves))
     best: tuple[float, int, int, UnitSplit] | None = None
     for shares, forward, backward in _compositions(total, curves):
         active = sum(share > 0 for share in shares)
+        if active < least:
+            continue
         join = join_seconds if active > 1 else 0.0
         found = UnitSplit(shares, forward + join, backward + join)
         rank = (found.seconds, active, sum(share * share for share in shares), found)

@@ -40,6 +40,7 @@ class PlanDevice:
     gflops: float
     bandwidth_mbps: float | None = None
     round_trip_seconds: float | None = None
+    backends: tuple[str, ...] = ("cpu",)
 
 
 @dataclass(frozen=True, slots=True)

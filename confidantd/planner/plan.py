@@ -19,6 +19,7 @@ from confidantd.planner.partition import (
     stage_seconds,
 )
 from confidantd.planner.workload import Form, Workload
+from confidantd.wire.stage import BackendShare
 
 MEGABYTE = 1_000_000
 LORA_GUESS = 64  # adapter weights per unit of width: rank 8 on four square projections
@@ -29,6 +30,8 @@ class StagePlan:
     """One stage: layers [first_layer, past_last_layer) on a device; seconds per microbatch.
 
     `form`: its forwards keep what the backward needs (`saved`), or that is computed again.
+    `backends` share its blocks (empty: the CPU has them whole); `unmeasured` are further
+    ones, which are measured when the first job with blocks of this shape runs.
     """
 
     device: DeviceId
@@ -43,6 +46,8 @@ class StagePlan:
     heads: int
     columns: int
     form: Form = "saved"
+    backends: tuple[BackendShare, ...] = ()
+    unmeasured: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +157,7 @@ def _stage(work: Workload, found: Partition, index: int, first: int) -> StagePla
         heads=work.heads,
         columns=work.columns,
         form=form,
+        unmeasured=device.backends[1:],
     )
 
 
@@ -239,5 +245,9 @@ def _stage_json(stage: StagePlan) -> dict[str, Any]:
         "available_bytes": stage.available_bytes,
         "seconds": stage.seconds,
         "form": stage.form,
-        "backends": [{"name": "cpu", "heads": stage.heads, "columns": stage.columns}],
+        "backends": [
+            {"name": share.name, "heads": share.heads, "columns": share.columns}
+            for share in stage.backends or (BackendShare("cpu", stage.heads, stage.columns),)
+        ],
+        "unmeasured_backends": list(stage.unmeasured),
     }

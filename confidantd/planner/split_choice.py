@@ -44,14 +44,23 @@ class BlockProfile:
         return BlockProfile(alone, curves if curves and len(curves.attention) > 1 else None)
 
 
-def choose_block(profile: BlockProfile, groups: int, columns: int) -> BlockSplit:
-    """The fastest way to run a block of so many head groups and MLP columns."""
+def choose_block(
+    profile: BlockProfile, groups: int, columns: int, split: str = "auto"
+) -> BlockSplit:
+    """The fastest way to run a block of so many head groups and MLP columns.
+
+    `split`: `auto` compares all ways, `never` only whole blocks, `always` only splits.
+    """
     curves = profile.curves
-    if curves is None:
+    if curves is None or split == "never":
         return choose(profile.alone, None, None, ())
     names = tuple(curve.backend for curve in curves.attention)
-    attention = best_split(groups, curves.attention, curves.join_seconds)
-    mlp = best_split(len(tiles(columns)), curves.mlp, curves.join_seconds)
+    least = 2 if split == "always" else 1
+    attention = best_split(groups, curves.attention, curves.join_seconds, least)
+    mlp = best_split(len(tiles(columns)), curves.mlp, curves.join_seconds, least)
+    if split == "always":
+        seconds = attention.seconds + mlp.seconds
+        return BlockSplit(None, names, attention.shares, mlp.shares, seconds)
     return choose(profile.alone, attention, mlp, names)
 
 

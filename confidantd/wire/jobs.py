@@ -5,6 +5,7 @@
 | `job.plan` | owner | coordinator | `PlanRequest` -> plan, nothing reserved |
 | `job.negotiate` | owner | coordinator | `PlanRequest` -> plan that every device accepted |
 | `stage.offer` | coordinator | device | `Offer` -> `OfferAnswer` |
+| `stage.backends` | coordinator | device | `BackendsQuestion` -> `BackendsAnswer` |
 | `stage.withdraw` | coordinator | device | `StopStage`: the final plan does not use the offer |
 | `stage.start` | owner | device | `StageAssignment` -> `StageStarted` |
 | `stage.command` | owner | device | `StageCommand` |
@@ -20,8 +21,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from confidantd.ids import DeviceId, JobId
-from confidantd.models.spec import LoraSpec, Method, ModelSpec
-from confidantd.wire.stage import ProgramEntry
+from confidantd.models.spec import Form, LoraSpec, Method, ModelSpec, ProgramRequest
+from confidantd.wire.stage import BackendShare, ProgramEntry
 
 Objective = Literal["train", "generate"]
 
@@ -68,6 +69,25 @@ class OfferAnswer:
     accepted: bool
     available_bytes: int
     reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BackendsQuestion:
+    """How a device would share out blocks of these programs' shape."""
+
+    programs: ProgramRequest
+    form: Form
+
+
+@dataclass(frozen=True, slots=True)
+class BackendsAnswer:
+    """Who would compute what, from what was measured before; empty if nothing was.
+
+    `seconds` are predicted for one block, forward and backward.
+    """
+
+    shares: tuple[BackendShare, ...] = ()
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

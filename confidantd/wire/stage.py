@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from confidantd.ids import DeviceId, Digest, JobId
 from confidantd.models.spec import Form, LoraSpec, Method, ModelSpec
+
+Split = Literal["auto", "always", "never"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,15 @@ class OptimizerSpec:
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
+
+
+@dataclass(frozen=True, slots=True)
+class BackendShare:
+    """What one backend computes of each block: query heads, and MLP columns."""
+
+    name: str
+    heads: int
+    columns: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_args
 from confidantd.errors import ProtocolError
 from confidantd.ids import DeviceId, Digest
 from confidantd.wire.codec import from_map, pack, to_map, unpack
-from confidantd.wire.stage import StageAssignment
+from confidantd.wire.stage import BackendShare, Split, StageAssignment
 
 _M = TypeVar("_M")
 LENGTH = struct.Struct(">I")
@@ -34,8 +34,9 @@ class BlobRange:
 class Load:
     """First command: what to compute, where its blobs are, where to listen for other stages.
 
-    `backends` are those to use, the CPU's first; `split_file` is where this device remembers
-    how it shared out blocks of this shape between them.
+    `backends` are those to use, the CPU's first; `split` says whether they share blocks:
+    where it is faster, always, or never; `split_file` is where this device remembers what
+    it measured of blocks of this shape.
     """
 
     assignment: StageAssignment
@@ -43,6 +44,7 @@ class Load:
     hosts: tuple[str, ...]
     blobs: dict[Digest, BlobRange]
     backends: tuple[str, ...] = ("cpu",)
+    split: Split = "auto"
     split_file: str = ""
 
 
@@ -187,15 +189,6 @@ class Collected:
 
 
 @dataclass(frozen=True, slots=True)
-class BackendShare:
-    """What one backend computes of each block: head groups' query heads, and MLP columns."""
-
-    name: str
-    heads: int
-    columns: int
-
-
-@dataclass(frozen=True, slots=True)
 class SplitChosen:
     """Who computes the blocks of this stage from now on, and the predicted seconds of one."""
 
@@ -242,13 +235,8 @@ Event = (
     | Notice
     | Failed
 )
-_COMMANDS: dict[str, type[Command]] = {
-    c.__name__: c for c in get_args(Command)
-}
-_EVENTS: dict[str, type[Event]] = {
-    e.__name__: e
-    for e in get_args(Event)
-}
+_COMMANDS: dict[str, type[Command]] = {c.__name__: c for c in get_args(Command)}
+_EVENTS: dict[str, type[Event]] = {e.__name__: e for e in get_args(Event)}
 
 
 def message_map(message: Command | Event) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from confidantd.worker.memory import peak_memory_bytes
 from confidantd.worker.trainer import Trainer, tied_partner
 
 MAX_WAITING_COMMANDS = 64
+SPLIT_PROGRAM = "attention_forward"  # given where blocks are large enough for several backends
 
 
 class StageWorker:
@@ -181,9 +182,9 @@ def make_train_stage(load: Load, report: PipeReport) -> TrainStage:
         reader(place.adapter_tensors, load.blobs) if place.adapter_tensors else None,
         place.threads,
     )
-    if len(load.backends) > 1:
+    if len(load.backends) > 1 and SPLIT_PROGRAM in place.programs:
         backends = chosen_backends(load.backends, report)
-        stage.schedule(backends, SplitFile(load.split_file), report)
+        stage.schedule(backends, SplitFile(load.split_file), report, load.split)
     return stage
 
 

@@ -82,7 +82,8 @@ class SplitModel:
         try:
             yield blocks
         finally:
-            blocks.close()
+            for thread in threads:
+                thread.close()
 
     def run(self, runner: BlockRunner, *, keep: bool = True, microbatches: int = 1) -> BlockRun:
         """Forward and backward of random input; gradients of several microbatches add up."""

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Device:
         python: str = sys.executable,
         prefix: Sequence[str] = (),
         host: str = "127.0.0.1",
+        settings: Mapping[str, str] | None = None,
     ) -> None:
         self.home = home
         self.name = name
@@ -50,19 +51,22 @@ class Device:
         self.python = python
         self.prefix = list(prefix)
         self.host = host
+        self.settings = dict(settings or {})
         self.process: subprocess.Popen[str] | None = None
         self.log = home.parent / f"{name}.log"
 
     def environment(self) -> dict[str, str]:
         """Without this shell's own Confidant settings; one thread per process."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith("CONFIDANT_")}
-        return {**kept, "OMP_NUM_THREADS": "1", "COLUMNS": "80", "PYTHONWARNINGS": "ignore"}
+        common = {"OMP_NUM_THREADS": "1", "COLUMNS": "80", "PYTHONWARNINGS": "ignore"}
+        return {**kept, **common, **self.settings}
 
     def command(self) -> list[str]:
-        """The command line of the daemon."""
+        """The command line of the daemon; the CPU alone unless a test names backends."""
+        backends = [] if "--backend" in self.options else ["--backend", "cpu"]
         return [
             *self.prefix, self.python, "-m", "confidantd.daemon", "--home", str(self.home),
-            "--name", self.name, "--host", self.host, "--threads", "1", *self.options,
+            "--name", self.name, "--host", self.host, "--threads", "1", *backends, *self.options,
         ]  # fmt: skip
 
     def start(self) -> Device:
@@ -192,7 +196,13 @@ def swarm(
     folder: Path, count: int, *options: str, names: Sequence[str] = ("anna", "ben", "cleo", "dora")
 ) -> Iterator[list[Device]]:
     """`count` paired daemons that see each other and agree on a coordinator."""
-    devices = [Device(folder / name, name, *options) for name in names[:count]]
+    with running([Device(folder / name, name, *options) for name in names[:count]]) as devices:
+        yield devices
+
+
+@contextlib.contextmanager
+def running(devices: list[Device]) -> Iterator[list[Device]]:
+    """These daemons, paired and met."""
     pair(devices)
     try:
         for device in devices:

@@ -59,11 +59,14 @@ class Bench:
         return between - started, ended - between
 
 
-def measure(bench: Bench, team: Team, report: Report) -> BlockProfile:
-    """Whole blocks on every backend, then shares where that can pay; leaves out what fails."""
+def measure(bench: Bench, team: Team, report: Report, *, always: bool = False) -> BlockProfile:
+    """Whole blocks on every backend, then shares where that can pay, or `always`.
+
+    A backend that fails is left out.
+    """
     alone = [a for name in team.names if (a := _alone(bench, team, name)) is not None]
     profile = BlockProfile(tuple(alone), None)
-    if min(a.seconds for a in alone) < LEAST_BLOCK_SECONDS:
+    if min(a.seconds for a in alone) < LEAST_BLOCK_SECONDS and not always:
         return profile
     while team.can_split(f"{ATTENTION}_forward"):
         before = len(team.left_out)

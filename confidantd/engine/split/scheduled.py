@@ -28,8 +28,8 @@ from confidantd.planner.split_choice import (
     shares_of,
     to_json,
 )
-from confidantd.wire.stage import StageSpec
-from confidantd.wire.worker import BackendShare, SplitChosen
+from confidantd.wire.stage import BackendShare, Split, StageSpec
+from confidantd.wire.worker import SplitChosen
 
 
 class Memory(Protocol):
@@ -48,14 +48,21 @@ class ScheduledBlocks:
     """A `BlockRunner` that chooses another one, and may choose again in `end_step`."""
 
     def __init__(
-        self, spec: StageSpec, block: Group, team: Team, memory: Memory, report: Report
+        self,
+        spec: StageSpec,
+        block: Group,
+        team: Team,
+        memory: Memory,
+        report: Report,
+        split: Split = "auto",
     ) -> None:
         self._spec = spec
+        self._split_when = split
         self._team = team
         self._report = report
         found = _remembered(memory, team)
         if found is None:
-            found = measure(Bench.of(spec, block), team, report)
+            found = measure(Bench.of(spec, block), team, report, always=split == "always")
             if not team.left_out:
                 memory.write(to_json(found))
         self._profile = found
@@ -63,7 +70,8 @@ class ScheduledBlocks:
 
     def _best(self) -> BlockSplit:
         block = self._spec.model.block
-        return choose_block(self._profile, block.kv_heads, block.columns)
+        when = self._split_when
+        return choose_block(self._profile, block.kv_heads, block.columns, when)
 
     def _adopt(self, choice: BlockSplit) -> None:
         """Run this way from now on."""
@@ -133,7 +141,8 @@ class ScheduledBlocks:
         self._profile = scaled(self._profile, self._drift.ratios)
         self._drift = Drift()
         block = self._spec.model.block
-        found = rebalance(self._profile, self._choice, block.kv_heads, block.columns)
+        when = self._split_when
+        found = rebalance(self._profile, self._choice, block.kv_heads, block.columns, when)
         if found is not None:
             self._report.notice("backends-moved", "backends changed speed: work is shared anew")
             self._adopt(found)
