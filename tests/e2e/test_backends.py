@@ -57,16 +57,17 @@ def two_devices(
     options = ("--backend", "cpu", "--backend", second, "--split", split)
     anna = Device(folder / "anna", "anna", *options, settings=settings)
     with running([anna, Device(folder / "ben", "ben")]) as devices:
-        wait_until(lambda: second in backends(anna), PROBED_SECONDS, f"{second} is offered")
+        offered = f"{second} is offered"
+        wait_until(lambda: all(second in of_anna(d) for d in devices), PROBED_SECONDS, offered)
         yield devices
     if not kept.exists():
         shutil.copytree(store, kept)
 
 
-def backends(device: Device) -> list[str]:
-    """What a device says it has."""
+def of_anna(device: Device) -> list[str]:
+    """The backends that a device knows anna has."""
     peers = device.json("peers")["peers"]
-    found: list[str] = next(peer["backends"] for peer in peers if peer.get("self"))
+    found: list[str] = next(peer["backends"] for peer in peers if peer["name"] == "anna")
     return found
 
 
