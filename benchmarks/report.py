@@ -25,12 +25,17 @@ class Claim:
         return self.value <= self.reach if self.at_most else self.value >= self.reach
 
 
+def parser(description: str) -> argparse.ArgumentParser:
+    """With `--quick` and `--json`."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--quick", action="store_true", help="under a minute, smaller shapes")
+    made.add_argument("--json", action="store_true", help="one JSON object a claim")
+    return made
+
+
 def options(description: str) -> argparse.Namespace:
     """`--quick` and `--json`."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="under a minute, smaller shapes")
-    parser.add_argument("--json", action="store_true", help="one JSON object a claim")
-    return parser.parse_args()
+    return parser(description).parse_args()
 
 
 def report(claims: list[Claim], *, as_json: bool) -> int:

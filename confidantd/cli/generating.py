@@ -18,7 +18,11 @@ from confidantd.errors import (
     from_wire,
 )
 
-PHASES = {"compile": "compiling programs (once per model)", "distribute": "sending layers"}
+PHASES = {
+    "compile": "compiling programs (once per model)",
+    "distribute": "sending layers",
+    "measure": "measuring backends",
+}
 
 
 async def run_generation(client: Client, request: Mapping[str, Any], *, as_json: bool) -> None:
@@ -35,6 +39,8 @@ async def run_generation(client: Client, request: Mapping[str, Any], *, as_json:
                     raise CancelledJobError("the generation was cancelled")
                 case "progress":
                     progress.show(event)
+                case "notice" if not as_json:
+                    click.echo(plain(f"{event['name']}: {event['message']}"), err=True)
                 case "token" if not as_json:
                     click.echo(_printable(event["text"]), nl=False)
                 case "done":

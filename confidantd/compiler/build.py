@@ -20,7 +20,7 @@ def build(request: ProgramRequest) -> Iterator[tuple[int, int, str, bytes]]:
     if request.purpose == "train":
         programs = training_programs(request)
     else:
-        programs = generation_programs(request.model)
+        programs = generation_programs(request)
     for index, program in enumerate(programs):
         try:
             data = export(program)

@@ -3,7 +3,8 @@
 The exporter writes x W^T as `Transpose` and `MatMul`. As two nodes every run copies the
 weight; ONNX Runtime's own fusion of the two also fuses transposed *left* operands, which
 its CPU kernel multiplies 12 to 18 % slower than after an explicit transpose of the (small)
-activation. So the right ones are fused here, and workers turn that fusion off.
+activation. So the right ones are fused here, and workers turn that fusion off. What is added to such
+a product goes into it too, which saves a pass over the tokens.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ def use_gemm(graph: Any) -> None:
         ):
             continue
         _replace(graph, node, producer.inputs[0])
+    for node in list(graph):
+        if node.op_type == "Add" and node.domain == "":
+            _fold(graph, node)
 
 
 def _is_transpose(node: Any) -> bool:
@@ -52,3 +56,32 @@ def _replace(graph: Any, node: Any, right: Any) -> None:
     graph.remove(node, safe=True)
     if not list(transpose.outputs[0].uses()) and not transpose.outputs[0].is_graph_output():
         graph.remove(transpose, safe=True)
+
+
+def _fold(graph: Any, add: Any) -> None:
+    """Turn `Add(Gemm(a, b), c)` into `Gemm(a, b, c)` where c has the product's shape."""
+    for product, other in (add.inputs, reversed(add.inputs)):
+        gemm = product.producer()
+        if gemm is None or not _may_take(gemm, product, other):
+            continue
+        made = onnx_ir.node("Gemm", [*gemm.inputs, other], {"transB": 1})
+        out, old = made.outputs[0], add.outputs[0]
+        out.name, out.shape, out.type = old.name, old.shape, old.type
+        graph.insert_before(add, made)
+        onnx_ir.convenience.replace_all_uses_with(old, out, replace_graph_outputs=True)
+        graph.remove([add, gemm], safe=True)
+        return
+
+
+def _may_take(gemm: Any, product: Any, other: Any) -> bool:
+    """A product of ours without a third operand, which is used only here."""
+    return bool(
+        gemm.op_type == "Gemm"
+        and "transB" in gemm.attributes
+        and len(gemm.inputs) == 2
+        and len(list(product.uses())) == 1
+        and not product.is_graph_output()
+        and product.shape is not None
+        and product.shape == other.shape
+        and other is not product
+    )

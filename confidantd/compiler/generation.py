@@ -1,5 +1,7 @@
 """The programs of generation: any batch b, length T and cache capacity C.
 
+Parts of a block take any number K of head groups, or M of MLP columns, too.
+
 The cache of a block is a buffer [b, K, C, d] of which the first `past` positions are
 valid; a program returns the keys and values of its T new positions, and the engine
 writes them behind the valid ones. So nothing of the cache is copied in a step.
@@ -13,12 +15,17 @@ from torch.nn import functional
 
 from confidantd.compiler import maths
 from confidantd.compiler.program import Port, Program, Values, ports
+from confidantd.compiler.units import flat_groups, part_ports
 from confidantd.models.layout import block_layout, embedding_layout, head_layout
-from confidantd.models.spec import BlockSpec, ModelSpec
+from confidantd.models.parts import GROUPS, attention_parameters, mlp_parameters
+from confidantd.models.spec import BlockSpec, ModelSpec, ProgramRequest
 
 
-def generation_programs(spec: ModelSpec) -> list[Program]:
-    """Every program that generates with `spec`."""
+def generation_programs(request: ProgramRequest) -> list[Program]:
+    """Every program of the request."""
+    spec = request.model
+    if request.split:
+        return [_attention_part(spec), _mlp_part(spec)]
     return [_embedding(spec), _block(spec), _head(spec)]
 
 
@@ -82,25 +89,58 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, values: Values, spec: BlockSpec) ->
 
 
 def _block(spec: ModelSpec) -> Program:
-    block = spec.block
-    cache = ("b", block.kv_heads, "C", block.head_dim)
-    new = ("b", block.kv_heads, "T", block.head_dim)
-    constants = {}
-    if block.rope is not None:
-        constants["frequencies"] = maths.rope_frequencies(block.rope, block.head_dim)
+    block, weights = spec.block, ports(block_layout(spec.block))
     return Program(
         "block_decode",
-        (
-            _hidden(spec, "x"),
-            Port("past_key", "cache", cache),
-            Port("past_value", "cache", cache),
-            _past(),
-            *ports(block_layout(block)),
-        ),
-        (_hidden(spec, "y"), Port("key", "cache", new), Port("value", "cache", new)),
+        (_hidden(spec, "x"), *_cache(block, block.kv_heads), *weights),
+        (_hidden(spec, "y"), *_new(block, block.kv_heads)),
         lambda values: decode_block(values, block),
-        constants,
+        _frequencies(block),
     )
+
+
+def _cache(block: BlockSpec, kv_heads: int | str) -> tuple[Port, ...]:
+    shape = ("b", kv_heads, "C", block.head_dim)
+    return Port("past_key", "cache", shape), Port("past_value", "cache", shape), _past()
+
+
+def _new(block: BlockSpec, kv_heads: int | str) -> tuple[Port, ...]:
+    shape = ("b", kv_heads, "T", block.head_dim)
+    return Port("key", "cache", shape), Port("value", "cache", shape)
+
+
+def _frequencies(block: BlockSpec) -> dict[str, Tensor]:
+    if block.rope is None:
+        return {}
+    return {"frequencies": maths.rope_frequencies(block.rope, block.head_dim)}
+
+
+def _attention_part(spec: ModelSpec) -> Program:
+    """The attention of some head groups and their cache, without the residual."""
+    block, weights = spec.block, part_ports(attention_parameters(spec, None))
+
+    def compute(values: Values) -> Values:
+        x = values["x"]
+        flat = {**flat_groups(values, weights), "x": x.reshape(-1, block.hidden)}
+        o, k, v = decode_attention(flat, block, x.shape[0])
+        return {"y": o.reshape(x.shape), "key": k, "value": v}
+
+    inputs = (_hidden(spec, "x"), *_cache(block, GROUPS), *weights)
+    outputs = (_hidden(spec, "y"), *_new(block, GROUPS))
+    return Program("attention_decode", inputs, outputs, compute, _frequencies(block))
+
+
+def _mlp_part(spec: ModelSpec) -> Program:
+    """The MLP over some columns, without the residual."""
+    block, weights = spec.block, part_ports(mlp_parameters(spec, None))
+
+    def compute(values: Values) -> Values:
+        x = values["x"]
+        y = maths.mlp(x.reshape(-1, block.hidden), values, block, 0.0)
+        return {"y": y.reshape(x.shape)}
+
+    inputs, outputs = (_hidden(spec, "x"), *weights), (_hidden(spec, "y"),)
+    return Program("mlp_decode", inputs, outputs, compute)
 
 
 def _head(spec: ModelSpec) -> Program:

@@ -1,15 +1,16 @@
 """Traces a unit and its backward pass, and makes its three programs of the trace.
 
-`<unit>_forward` gives y and what is saved; `<unit>_recompute` gives only what is saved;
-`<unit>_backward` takes the gradient of y, what is saved, and gives all gradients. Keeping
-what the forward saved is the *saved* form; dropping it, and running `recompute` right
-before `backward`, is the *recompute* form.
+`<unit>_forward` gives y and what is saved; `<unit>_recompute` gives what is saved from the
+inputs and the hidden state in the middle; `<unit>_backward` takes the gradient of y, what
+is saved, and gives all gradients. Keeping what the forward saved is the *saved* form;
+keeping of it only the middle, and running `recompute` right before `backward`, is the
+*recompute* form.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import sympy
@@ -25,7 +26,7 @@ from torch.fx.experimental.symbolic_shapes import (
     StatelessSymbolicContext,
 )
 
-from confidantd.compiler.program import Port, Traced, example_shape
+from confidantd.compiler.program import Port, Traced, Values, example_shape
 from confidantd.compiler.saving import cut, extract, used_inputs
 from confidantd.compiler.units import Unit
 from confidantd.models.spec import ProgramRequest
@@ -38,7 +39,7 @@ def unit_programs(unit: Unit, request: ProgramRequest) -> list[Traced]:
     tokens = (request.microbatch_size * request.sequence_length, request.model.block.hidden)
     x, dy = Port("x", "activation", tokens), Port("dy", "gradient", tokens)
     inputs = (dy, x, *unit.weights, *_constant_ports(unit.constants))
-    graph = _trace(unit, inputs)
+    graph = _trace_unit(unit, inputs)
     ports_of = dict(zip([n for n in graph.nodes if n.op == "placeholder"], inputs, strict=True))
     found = cut(graph, seeds=1)
     free = {size for port in unit.weights for size in port.shape if isinstance(size, str)}
@@ -47,16 +48,24 @@ def unit_programs(unit: Unit, request: ProgramRequest) -> list[Traced]:
     trained = {port.name: port for port in unit.weights if port.name in unit.trained}
     gradients += [Port(f"gradient.{n}", "gradient", trained[n].shape) for n in unit.trained]
     kept = tuple(saved.items())
-    makes = {"forward": ((found.output, Port("y", "activation", tokens)), *kept)}
+    name, constants = unit.name, unit.constants
+    outputs = ((found.output, Port("y", "activation", tokens)), *kept)
+    programs = [_program(f"{name}_forward", graph, ports_of, outputs, constants)]
     if unit.recomputes:
-        makes["recompute"] = kept
-    programs = [
-        _program(f"{unit.name}_{name}", graph, ports_of, outputs, unit.constants)
-        for name, outputs in makes.items()
-    ]
+        held = {node: port for node, port in kept if _is_residual(node, tokens)}
+        rest = tuple((node, port) for node, port in kept if node not in held)
+        recompute = f"{name}_recompute"
+        programs.append(_program(recompute, graph, ports_of | held, rest, constants))
     outputs = tuple(zip(found.gradients, gradients, strict=True))
-    backward = _program(f"{unit.name}_backward", graph, ports_of | saved, outputs, unit.constants)
-    return [*programs, backward]
+    return [*programs, _program(f"{name}_backward", graph, ports_of | saved, outputs, constants)]
+
+
+def _is_residual(node: fx.Node, tokens: tuple[int, int]) -> bool:
+    """The hidden state between attention and MLP (with a layer norm, less its mean): as small
+    as a block's input, and with it the output projection need not be computed again.
+    """
+    sums = (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor)
+    return node.target in sums and tuple(node.meta["val"].shape) == tokens
 
 
 def _constant_ports(constants: Mapping[str, Tensor]) -> tuple[Port, ...]:
@@ -101,25 +110,49 @@ def _program(
     )
 
 
-def _trace(unit: Unit, inputs: tuple[Port, ...]) -> fx.Graph:
-    """The graph of (y, dx, gradients of what is trained); fake tensors need no memory."""
-    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False)
-    arguments = [_fake(mode, port) for port in inputs]
-    names = [port.name for port in inputs]
+def _trace_unit(unit: Unit, inputs: tuple[Port, ...]) -> fx.Graph:
+    """The graph of (y, dx, gradients of what is trained)."""
 
-    def both(*values: Tensor) -> tuple[Tensor, ...]:
-        given = dict(zip(names, values, strict=True))
+    def both(given: Values) -> tuple[Tensor, ...]:
         moving = {name: given[name] for name in ("x", *unit.trained)}
         found: Any = torch.func.vjp(lambda m: unit.compute({**given, **m}), moving)
         (gradients,) = found[1](given["dy"])
         return (found[0], *(gradients[name] for name in moving))
 
+    return trace(both, inputs)
+
+
+def trace(compute: Callable[[Values], tuple[Tensor, ...]], inputs: tuple[Port, ...]) -> fx.Graph:
+    """The graph of a function of named tensors, which may differentiate.
+
+    At most one free dimension. Fake tensors need no memory.
+    """
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False)
+    arguments = [_fake(mode, port) for port in inputs]
+    names = [port.name for port in inputs]
+
+    def flat(*values: Tensor) -> tuple[Tensor, ...]:
+        return compute(dict(zip(names, values, strict=True)))
+
     with mode:
-        traced = make_fx(both, decomposition_table=dict(core_aten_decompositions()))(*arguments)
+        traced = make_fx(flat, decomposition_table=dict(core_aten_decompositions()))(*arguments)
         _drop_detach(traced.graph)
         graph = fx_graph_cse(traced.graph)
     _sizes_from_inputs(graph)
     return graph
+
+
+def whole_program(
+    name: str,
+    inputs: tuple[Port, ...],
+    outputs: tuple[Port, ...],
+    compute: Callable[[Values], Values],
+) -> Traced:
+    """One program of a function that differentiates."""
+    graph = trace(lambda values: tuple(compute(values)[p.name] for p in outputs), inputs)
+    there = dict(zip([n for n in graph.nodes if n.op == "placeholder"], inputs, strict=True))
+    (found,) = (node.args[0] for node in graph.nodes if node.op == "output")
+    return _program(name, graph, there, tuple(zip(found, outputs, strict=True)), {})
 
 
 def _fake(mode: FakeTensorMode, port: Port) -> Tensor:
@@ -127,7 +160,8 @@ def _fake(mode: FakeTensorMode, port: Port) -> Tensor:
     kinds = [DimDynamic.DUCK if isinstance(size, str) else DimDynamic.STATIC for size in port.shape]
     context = StatelessSymbolicContext(dynamic_sizes=kinds)
     found: Tensor = mode.from_tensor(
-        torch.empty(example_shape(port)), symbolic_context=context
+        torch.empty(example_shape(port), dtype=getattr(torch, port.dtype)),
+        symbolic_context=context,
     )  # never written to, so it takes no memory
     return found
 

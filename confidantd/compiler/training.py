@@ -11,9 +11,10 @@ from torch.nn import functional
 
 from confidantd.compiler import maths
 from confidantd.compiler.program import Port, Program, Traced, Values, gradients, ports
-from confidantd.compiler.tracing import unit_programs
+from confidantd.compiler.tracing import unit_programs, whole_program
 from confidantd.compiler.units import training_units
 from confidantd.models.layout import embedding_layout, head_layout
+from confidantd.models.parts import ROWS
 from confidantd.models.spec import BlockSpec, ProgramRequest
 
 IGNORED_LABEL = -100  # as in torch.nn.functional.cross_entropy
@@ -88,7 +89,8 @@ def next_token_loss(x: Tensor, labels: Tensor, weights: Values, spec: BlockSpec)
     return -(found.squeeze(-1) * counted).sum()
 
 
-def _head(request: ProgramRequest) -> tuple[Program, Program]:
+def _head(request: ProgramRequest) -> tuple[Program, Traced]:
+    """For any number of rows R, so that rows may be shared out; losses and gradients add up."""
     spec, layout = request.model.block, head_layout(request.model)
     trained = [p.name for p in layout] if request.method == "full" else []
 
@@ -104,8 +106,11 @@ def _head(request: ProgramRequest) -> tuple[Program, Program]:
         named = {f"gradient.{name}": found[name] for name in trained}
         return {"loss": loss, "dx": found["x"]} | named
 
-    x, labels, weights = _hidden(request, "x"), _ids(request, "labels"), ports(layout)
-    loss = Port("loss", "loss", ())
+    hidden = (ROWS, request.sequence_length, request.model.block.hidden)
+    x, weights = Port("x", "activation", hidden), ports(layout)
+    labels = Port("labels", "labels", (ROWS, request.sequence_length), "int64")
+    loss, scale = Port("loss", "loss", ()), Port("scale", "scale", ())
+    found = gradients(layout if trained else ())
     return (
         Program(
             "head_loss",
@@ -113,11 +118,10 @@ def _head(request: ProgramRequest) -> tuple[Program, Program]:
             (loss,),
             lambda v: {"loss": next_token_loss(v["x"], v["labels"], v, spec)},
         ),
-        Program(
+        whole_program(
             "head_backward",
-            (x, labels, Port("scale", "scale", ()), *weights),
-            (loss, _hidden(request, "dx", "gradient"), *gradients(layout if trained else ())),
+            (x, labels, scale, *weights),
+            (loss, Port("dx", "gradient", hidden), *found),
             backward,
-            differentiates=True,
         ),
     )

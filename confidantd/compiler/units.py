@@ -92,15 +92,10 @@ def _adapter_ports(request: ProgramRequest) -> tuple[Port, ...]:
 
 def _attention_part(request: ProgramRequest) -> Unit:
     spec, scale = request.model.block, _scale(request)
-    weights = _part_ports(attention_parameters(request.model, request.lora))
-    by_group = {port.name for port in weights if GROUPS in port.shape}
+    weights = part_ports(attention_parameters(request.model, request.lora))
 
     def compute(values: Values) -> Tensor:
-        flat = {
-            name: tensor.reshape(-1, *tensor.shape[2:]) if name in by_group else tensor
-            for name, tensor in values.items()
-        }
-        return attention(flat, spec, request.microbatch_size, scale)
+        return attention(flat_groups(values, weights), spec, request.microbatch_size, scale)
 
     return Unit(
         "attention",
@@ -114,7 +109,7 @@ def _attention_part(request: ProgramRequest) -> Unit:
 
 def _mlp_part(request: ProgramRequest) -> Unit:
     spec, scale = request.model.block, _scale(request)
-    weights = _part_ports(mlp_parameters(request.model, request.lora))
+    weights = part_ports(mlp_parameters(request.model, request.lora))
     return Unit(
         "mlp",
         weights,
@@ -124,10 +119,20 @@ def _mlp_part(request: ProgramRequest) -> Unit:
     )
 
 
-def _part_ports(parameters: tuple[PartParameter, ...]) -> tuple[Port, ...]:
+def part_ports(parameters: tuple[PartParameter, ...]) -> tuple[Port, ...]:
+    """The weights of a part as inputs."""
     return tuple(
         Port(p.name, "adapter" if ".lora_" in p.name else "weight", p.shape) for p in parameters
     )
+
+
+def flat_groups(values: Values, weights: tuple[Port, ...]) -> dict[str, Tensor]:
+    """The values with weights [K, rows of a group, ...] as the matrices of all their heads."""
+    by_group = {port.name for port in weights if GROUPS in port.shape}
+    return {
+        name: tensor.reshape(-1, *tensor.shape[2:]) if name in by_group else tensor
+        for name, tensor in values.items()
+    }
 
 
 def _trained(request: ProgramRequest, weights: tuple[Port, ...]) -> tuple[str, ...]:

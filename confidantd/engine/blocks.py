@@ -12,6 +12,7 @@ from confidantd.engine.tensors import Floats
 from confidantd.engine.trained_weights import Group
 
 Named = dict[str, Floats]
+SAVED = "saved."
 
 
 @dataclass(slots=True)
@@ -36,20 +37,22 @@ class BlockRunner(Protocol):
     """Computes any block of a stage from its group of weights. Arrays are [b, S, D] or [N, D]."""
 
     def forward(self, x: Floats, block: Group, *, keep: bool) -> tuple[Floats, Saved | None]:
-        """The block's output, and with `keep` what its backward needs of this forward."""
+        """The block's output, and what its backward needs of this forward: with `keep` all of
+        it, else as little as this way of running keeps.
+        """
         ...
 
     def backward(self, dy: Floats, x: Floats, saved: Saved | None, block: Group) -> Floats:
         """The gradient by the block's input x; adds to the gradients of the weights.
 
-        Without `saved` the forward is computed again.
+        What `saved` lacks is computed again.
         """
         ...
 
 
 def saved_only(outputs: Named) -> Named:
     """Those outputs that the backward takes as inputs."""
-    return {name: array for name, array in outputs.items() if name.startswith("saved.")}
+    return {name: array for name, array in outputs.items() if name.startswith(SAVED)}
 
 
 class FusedBlocks:
@@ -65,23 +68,25 @@ class FusedBlocks:
         self._forward = programs["block_forward"]
         self._recompute = programs["block_recompute"]
         self._backward = programs["block_backward"]
+        self._held = tuple(n for n in self._recompute.inputs if n.startswith(SAVED))
 
     def forward(self, x: Floats, block: Group, *, keep: bool) -> tuple[Floats, Saved | None]:
         """One program."""
         started = time.perf_counter()
-        only = None if keep else ("y",)
+        only = None if keep else ("y", *self._held)
         found = self._forward.run({"x": x}, block.weights, only=only)
         self.busy_seconds += time.perf_counter() - started
-        saved = Saved({self.UNIT: [saved_only(found)]}) if keep else None
-        return found["y"].reshape(x.shape), saved
+        return found["y"].reshape(x.shape), Saved({self.UNIT: [saved_only(found)]})
 
     def backward(self, dy: Floats, x: Floats, saved: Saved | None, block: Group) -> Floats:
         """One program, after what it needs was computed again or not."""
         started = time.perf_counter()
         if saved is None:
-            kept = self._recompute.run({"x": x}, block.weights)
-        else:
-            (kept,) = saved.units[self.UNIT]
+            _, saved = self.forward(x, block, keep=False)
+        assert saved is not None
+        (kept,) = saved.units[self.UNIT]
+        if len(kept) == len(self._held):
+            kept = kept | self._recompute.run({"x": x}, kept, block.weights)
         targets = block.gradient_targets()
         found = self._backward.run({"dy": dy, "x": x}, kept, block.weights, into=targets)
         seconds = time.perf_counter() - started

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
+from confidantd.engine.backends.base import Backend
+from confidantd.engine.decode_blocks import BLOCK_PROGRAM, DecodeRunner, FusedDecode, position
 from confidantd.engine.kv_cache import SequenceCache
 from confidantd.engine.lora import merge
 from confidantd.engine.program import load_programs
+from confidantd.engine.split.choice import Memory
+from confidantd.engine.split.scheduled_decode import ScheduledDecode
+from confidantd.engine.split.team import Report, Team
 from confidantd.engine.tensors import Floats, Reader, load
+from confidantd.engine.trained_weights import Group
 from confidantd.errors import WorkerError
 from confidantd.models.tensors import block_sources, embedding_sources, head_sources
-from confidantd.wire.stage import StageSpec
+from confidantd.wire.stage import Split, StageSpec
 
 Weights = dict[str, Floats]
 
@@ -23,7 +28,8 @@ Weights = dict[str, Floats]
 class DecodeStage:
     """Blocks [first, past last) of a model, with embedding and head where it has them.
 
-    An adapter (`spec.lora` and `read_adapter`) is merged into the weights at load.
+    An adapter (`spec.lora` and `read_adapter`) is merged into the weights at load. Everything
+    runs on the CPU until `schedule` shares out the blocks.
     """
 
     def __init__(
@@ -35,15 +41,19 @@ class DecodeStage:
         threads: int,
     ) -> None:
         self._spec = spec
+        self._paths, self._threads = programs, threads
         self._programs = load_programs(programs, _needed(spec), threads)
+        self._team: Team | None = None
         self._embedding: Weights = {}
         if spec.embedding:
             self._embedding = _load(embedding_sources(spec.model), read)
         layers = range(spec.first_layer, spec.past_last_layer)
-        self._blocks = [_load(block_sources(spec.model, layer), read) for layer in layers]
+        self._blocks = [Group(_load(block_sources(spec.model, layer), read)) for layer in layers]
         if spec.lora is not None and read_adapter is not None:
-            for layer, weights in zip(layers, self._blocks, strict=True):
-                merge(weights, spec.model, spec.lora, layer, read_adapter)
+            for layer, block in zip(layers, self._blocks, strict=True):
+                merge(block.weights, spec.model, spec.lora, layer, read_adapter)
+        if self._blocks:
+            self._runner: DecodeRunner = FusedDecode(self._programs[BLOCK_PROGRAM])
         self._head = self._load_head(read) if spec.head else {}
         self._sequences: dict[int, SequenceCache] = {}
 
@@ -52,6 +62,25 @@ class DecodeStage:
         if self._spec.model.tied and self._spec.embedding:
             return _load(norm, read) | {"head.weight": self._embedding["embedding.weight"]}
         return _load((*norm, table), read)
+
+    def schedule(
+        self,
+        backends: Sequence[Backend],
+        memory: Memory,
+        report: Report,
+        split: Split = "auto",
+    ) -> None:
+        """Share the blocks out over backends, the way that is fastest here."""
+        if len(backends) > 1 and self._blocks:
+            self._team = Team(backends, self._paths, self._threads, report)
+            self._runner = ScheduledDecode(
+                self._spec, self._blocks, self._team, memory, report, split
+            )
+
+    def close(self) -> None:
+        """End the backends' threads."""
+        if self._team is not None:
+            self._team.close()
 
     def forward(self, sequence: int, x: NDArray[Any]) -> Floats:
         """Ids [1, T] (embedding stage) or hidden states [1, T, D] that follow what the
@@ -63,16 +92,11 @@ class DecodeStage:
             cache = self._sequences[sequence] = SequenceCache(self._spec.model.block)
         past, steps = cache.length, x.shape[1]
         self._check_room(past + steps)
-        position = {"past": np.array(past, np.int64)}
         if self._spec.embedding:
-            feeds = position | {"ids": x}
+            feeds = {"ids": x, "past": position(cache)}
             x = self._programs["embedding_decode"].run(feeds, self._embedding)["y"]
-        for layer, weights in enumerate(self._blocks):
-            key, value = cache.buffers(layer)
-            feeds = position | {"x": x, "past_key": key, "past_value": value}
-            found = self._programs["block_decode"].run(feeds, weights)
-            cache.append(layer, found["key"], found["value"])
-            x = found["y"]
+        for layer, block in enumerate(self._blocks):
+            x = self._runner.forward(x, layer, block, cache)
         cache.length = past + steps
         if not self._spec.head:
             return x
@@ -101,7 +125,7 @@ class DecodeStage:
 
     def resident_bytes(self) -> dict[str, int]:
         """Memory by kind: weights (each array once) and cache."""
-        groups = (self._embedding, *self._blocks, self._head)
+        groups = (self._embedding, *(block.weights for block in self._blocks), self._head)
         arrays = {id(a): a.nbytes for weights in groups for a in weights.values()}
         cached = sum(cache.bytes for cache in self._sequences.values())
         return {"weights": sum(arrays.values()), "cache": cached}
@@ -112,6 +136,6 @@ def _load(sources: Any, read: Reader) -> Weights:
 
 
 def _needed(spec: StageSpec) -> set[str]:
-    names = {"block_decode"} if spec.past_last_layer > spec.first_layer else set()
+    names = {BLOCK_PROGRAM} if spec.past_last_layer > spec.first_layer else set()
     names |= {"embedding_decode"} if spec.embedding else set()
     return names | ({"head_logits"} if spec.head else set())

@@ -11,11 +11,15 @@ _FIRST_CAPACITY = 64  # positions; then a quarter more each time, so at most a f
 
 
 class SequenceCache:
-    """Buffers [1, K, C, d] per block, of which the first `length` positions are valid."""
+    """Buffers [1, K, C, d] per block, of which the first `length` positions are valid.
 
-    def __init__(self, block: BlockSpec) -> None:
-        self.length = 0
-        self._shape = (1, block.kv_heads, _FIRST_CAPACITY, block.head_dim)
+    Positions that are there from the start are zeros.
+    """
+
+    def __init__(self, block: BlockSpec, length: int = 0) -> None:
+        self.length = length
+        capacity = max(_FIRST_CAPACITY, length + 1)
+        self._shape = (1, block.kv_heads, capacity, block.head_dim)
         self._keys: list[Floats] = []
         self._values: list[Floats] = []
 
@@ -26,21 +30,21 @@ class SequenceCache:
             self._values.append(np.zeros(self._shape, np.float32))
         return self._keys[layer], self._values[layer]
 
-    def append(self, layer: int, key: Floats, value: Floats) -> None:
-        """Put new positions [1, K, T, d] behind the valid ones; `length` is not changed, so
-        that every block of a step sees the same one.
+    def append(self, layer: int, key: Floats, value: Floats, first_group: int = 0) -> None:
+        """Put new positions [1, k, T, d] of k head groups behind the valid ones; `length` is
+        not changed, so that every block and part of a step sees the same one.
         """
-        self._keys[layer] = self._put(self._keys[layer], key)
-        self._values[layer] = self._put(self._values[layer], value)
+        self._keys[layer] = self._put(self._keys[layer], key, first_group)
+        self._values[layer] = self._put(self._values[layer], value, first_group)
 
-    def _put(self, buffer: Floats, new: Floats) -> Floats:
-        end = self.length + new.shape[2]
+    def _put(self, buffer: Floats, new: Floats, first_group: int) -> Floats:
+        end, past_last_group = self.length + new.shape[2], first_group + new.shape[1]
         if end > buffer.shape[2]:
             rows, heads, capacity, size = buffer.shape
             grown = np.zeros((rows, heads, max(end, capacity + capacity // 4), size), np.float32)
             grown[:, :, : self.length] = buffer[:, :, : self.length]
             buffer = grown
-        buffer[:, :, self.length : end] = new
+        buffer[:, first_group:past_last_group, self.length : end] = new
         return buffer
 
     @property

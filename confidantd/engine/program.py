@@ -122,6 +122,18 @@ def free_dimensions(path: Path) -> frozenset[str]:
     return frozenset(size for port in ports for size in port["shape"] if isinstance(size, str))
 
 
+def fixed_dimensions(path: Path, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Sizes of a program's free dimensions, which are called `K` or `64*K`."""
+    if not sizes:
+        return {}
+    found = {}
+    for name in free_dimensions(path):
+        factor, _, base = name.rpartition("*")
+        if base in sizes:
+            found[name] = int(factor or 1) * sizes[base]
+    return found
+
+
 def _is_known(shape: Any) -> bool:
     return all(isinstance(size, int) for size in shape)
 
@@ -137,9 +149,15 @@ Programs = dict[str, EngineProgram]
 
 
 def load_programs(
-    paths: Mapping[str, Path], names: set[str], threads: int, backend: Backend | None = None
+    paths: Mapping[str, Path],
+    names: set[str],
+    threads: int,
+    backend: Backend | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> Programs:
     """The programs `names`, on the CPU unless another backend is given.
+
+    `sizes` fixes free dimensions.
 
     `embedding_backward` gets one thread: it adds rows of repeated tokens to one place,
     which threads would do in a race.
@@ -152,7 +170,10 @@ def load_programs(
         name: EngineProgram(
             paths[name],
             found,
-            SessionSetting(threads=1 if name == "embedding_backward" else threads),
+            SessionSetting(
+                threads=1 if name == "embedding_backward" else threads,
+                dimensions=fixed_dimensions(paths[name], sizes or {}),
+            ),
         )
         for name in sorted(names)
     }

@@ -14,11 +14,14 @@ from confidantd.engine.adamw import Step
 from confidantd.engine.backends.base import Backend
 from confidantd.engine.blocks import BlockRunner, FusedBlocks, Saved
 from confidantd.engine.program import load_programs
-from confidantd.engine.split.scheduled import Memory, ScheduledBlocks
+from confidantd.engine.split.choice import Memory
+from confidantd.engine.split.head import SplitHead
+from confidantd.engine.split.scheduled import ScheduledBlocks
 from confidantd.engine.split.team import Report, Team
 from confidantd.engine.tensors import Floats, Reader
 from confidantd.engine.trained_weights import StageWeights
 from confidantd.errors import WorkerError
+from confidantd.models.parts import ROWS
 from confidantd.wire.stage import Split, StageSpec
 
 Array = NDArray[Any]
@@ -42,7 +45,8 @@ class TrainStage:
 
     B rows, S tokens, D hidden, V vocabulary; ids and labels are int64 [B, S], hidden
     states float32 [B, S, D]. `read` gives checkpoint tensors by Hugging Face name,
-    `read_adapter` the `peft` tensors to start from (None: a fresh adapter).
+    `read_adapter` the `peft` tensors to start from (None: a fresh adapter). Everything
+    runs on `backend`, the CPU's if there is none, until `schedule` shares out the blocks.
     """
 
     def __init__(
@@ -52,15 +56,19 @@ class TrainStage:
         read: Reader,
         read_adapter: Reader | None,
         threads: int,
+        backend: Backend | None = None,
     ) -> None:
         self._spec = spec
         self._paths, self._threads = programs, threads
-        self._programs = load_programs(programs, _needed(spec), threads)
+        self._programs = load_programs(
+            programs, _needed(spec), threads, backend, {ROWS: spec.microbatch_size}
+        )
         self._team: Team | None = None
+        self._split_head: SplitHead | None = None
         self._scheduled: ScheduledBlocks | None = None
         self._blocks: BlockRunner | None = None
         if spec.past_last_layer > spec.first_layer:
-            self._blocks = FusedBlocks(load_programs(programs, BLOCK_PROGRAMS, threads))
+            self._blocks = FusedBlocks(load_programs(programs, BLOCK_PROGRAMS, threads, backend))
         self._weights = StageWeights(spec, read, read_adapter)
         self._kept: dict[int, _Kept] = {}
         self._labels: dict[int, tuple[Array, Array]] = {}
@@ -80,6 +88,8 @@ class TrainStage:
             first = self._weights.blocks[0]
             scheduled = ScheduledBlocks(self._spec, first, self._team, memory, report, split)
             self._blocks = self._scheduled = scheduled
+            if self._spec.head and len(self._team.names) > 1:
+                self._split_head = SplitHead(self._spec, self._weights.head, self._team)
 
     def close(self) -> None:
         """End the backends' threads."""
@@ -146,6 +156,10 @@ class TrainStage:
         labels, scale = self._labels.pop(microbatch)
         head = self._weights.head
         feeds = {"x": x, "labels": labels, "scale": scale}
+        if self._split_head is not None:
+            loss, dx = self._split_head.run(x, labels, scale, head)
+            self._loss += loss
+            return dx
         targets = head.gradient_targets()
         found = self._programs["head_backward"].run(feeds, head.weights, into=targets)
         head.add_gradients(found)
@@ -195,7 +209,7 @@ class TrainStage:
         """AdamW with every gradient times `clip_coefficient`; starts the next step."""
         self._step += 1
         step = Step(self._step, learning_rate, clip_coefficient)
-        self._weights.update(self._spec.optimizer, step)
+        self._weights.update(self._spec.optimizer, step, self._threads)
         self._loss = 0.0
         if self._scheduled is not None:
             self._scheduled.end_step()

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from confidantd.engine.adamw import Moments, Step, square_sum, update
+from confidantd.engine.adamw import (
+    CHUNK_ELEMENTS,
+    SHARED_CHUNK_ELEMENTS,
+    Moments,
+    Step,
+    square_sum,
+    update,
+)
 from confidantd.engine.lora import load_factor
 from confidantd.engine.tensors import Floats, Reader, load
 from confidantd.models.adapter import adapter_sources
@@ -154,12 +162,22 @@ class StageWeights:
         """Over the weights that belong to this stage, in float64."""
         return sum(square_sum(t.gradient) for t in self._own() if t.gradient is not None)
 
-    def update(self, optimizer: OptimizerSpec, step: Step) -> None:
+    def update(self, optimizer: OptimizerSpec, step: Step, threads: int = 1) -> None:
         """One AdamW step on every trained weight; drops the gradients."""
-        for t in self._by_name.values():
+        chunk = CHUNK_ELEMENTS if threads == 1 else SHARED_CHUNK_ELEMENTS
+
+        def one(t: Trained) -> None:
             if t.gradient is not None:
-                update(t.weight, t.gradient, t.moments, optimizer, step)
+                update(t.weight, t.gradient, t.moments, optimizer, step, chunk)
                 t.clear()
+
+        largest_first = sorted(self._by_name.values(), key=lambda t: -t.weight.size)
+        if threads == 1:
+            for trained in largest_first:
+                one(trained)
+        else:
+            with ThreadPoolExecutor(threads, thread_name_prefix="optimizer") as pool:
+                list(pool.map(one, largest_first))
 
     def results(self) -> Iterator[tuple[str, Floats]]:
         """Trained weights under their checkpoint names, in checkpoint layout."""

@@ -121,8 +121,18 @@ class _Stream:
             "time_to_first_token_ms": round(1000 * (self._first - self._started), 2),
             "tokens_per_second": round(rest / seconds, 2) if rest and seconds > 0 else 0.0,
             "finish_reason": self.finished,
-            "stages": launched.plan.to_json()["stages"],
+            "stages": _stages(launched),
         }
+
+
+def _stages(launched: Launched) -> list[dict[str, Any]]:
+    """The stages of the plan, with the backends that compute them now."""
+    planned = launched.plan.to_json()["stages"]
+    shares = [launched.pipeline.notes.backends(stage) for stage in range(len(planned))]
+    return [
+        {**stage, "backends": found, "unmeasured_backends": []}
+        for stage, found in zip(planned, shares, strict=True)
+    ]
 
 
 def check_prompt(prompt: list[int], spec: ModelSpec) -> None:

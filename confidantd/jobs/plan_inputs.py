@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from confidantd.errors import DeviceError
 from confidantd.ids import short_id
+from confidantd.models.programs import worth_splitting
 from confidantd.models.saved import saved_floats
 from confidantd.models.spec import ProgramRequest
 from confidantd.models.tensors import (
@@ -53,6 +54,7 @@ def plan_workload(request: PlanRequest) -> Workload:
         sequence_length=request.sequence_length,
         method=request.method,
         saved_floats=0 if request.method is None else _saved_floats(request),
+        splits=worth_splitting(program_request(request)),
     )
 
 

@@ -2,12 +2,13 @@
 
 Each step gives every backend's measured seconds over the predicted ones. The ratios are
 smoothed, and only their *differences* count: where all slow down alike, other shares
-would not help. A drift must last some steps, and the new shares must gain enough, so
-that noise moves nothing back and forth.
+would not help. A drift must last some steps, each of which shows it, and the new shares
+must gain enough, so that noise or one slow step moves nothing back and forth.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -28,14 +29,21 @@ class Drift:
     steps: int = 0
 
     def observe(self, predicted: Mapping[str, float], measured: Mapping[str, float]) -> Drift:
-        """After a step: seconds of each backend that has a share."""
-        ratios = {}
-        for name, seconds in predicted.items():
-            if seconds <= 0 or name not in measured:
-                continue
-            new = measured[name] / seconds
-            ratios[name] = SMOOTHING * new + (1 - SMOOTHING) * self.ratios.get(name, 1.0)
-        return Drift(ratios, self.steps + 1 if _apart(ratios) else 0)
+        """After a step: seconds of each backend that has a share.
+
+        A step counts if it is itself apart too: smoothed alone, a single step that is four
+        times too slow would look like a drift for `PATIENCE_STEPS`.
+        """
+        new = {
+            name: measured[name] / seconds
+            for name, seconds in predicted.items()
+            if seconds > 0 and name in measured
+        }
+        ratios = {
+            name: SMOOTHING * ratio + (1 - SMOOTHING) * self.ratios.get(name, 1.0)
+            for name, ratio in new.items()
+        }
+        return Drift(ratios, self.steps + 1 if _apart(ratios) and _apart(new) else 0)
 
     @property
     def lasting(self) -> bool:
@@ -68,12 +76,18 @@ def backward_seconds(profile: BlockProfile, split: BlockSplit) -> dict[str, floa
 
 
 def scaled(profile: BlockProfile, ratios: Mapping[str, float]) -> BlockProfile:
-    """The profile as it would be measured now."""
+    """The profile as it would be measured now.
+
+    Backends without a share have no ratio. What slows all that have one is taken to slow
+    them too; of a backend that runs alone nobody can tell.
+    """
+    unseen = min(ratios.values()) if len(ratios) > 1 else 1.0
+    ratios = defaultdict(lambda: unseen, ratios)
     alone = tuple(
         replace(
             a,
-            forward_seconds=a.forward_seconds * ratios.get(a.backend, 1.0),
-            backward_seconds=a.backward_seconds * ratios.get(a.backend, 1.0),
+            forward_seconds=a.forward_seconds * ratios[a.backend],
+            backward_seconds=a.backward_seconds * ratios[a.backend],
         )
         for a in profile.alone
     )
@@ -91,7 +105,7 @@ def scaled(profile: BlockProfile, ratios: Mapping[str, float]) -> BlockProfile:
 
 
 def _scaled(curve: Curve, ratios: Mapping[str, float]) -> Curve:
-    ratio = ratios.get(curve.backend, 1.0)
+    ratio = ratios[curve.backend]
     return Curve(
         curve.backend,
         tuple((size, seconds * ratio) for size, seconds in curve.forward),

@@ -100,9 +100,12 @@ def probes(total: int, backends: int, most: int = MOST_PROBES) -> tuple[tuple[in
     """Shares to measure together, so that what backends cost each other is in the curves.
 
     For each backend, sizes from 1 to all but one; the others share the rest evenly.
+    What cannot be shared is measured on each.
     """
-    if total < 2 or backends < 2:
+    if backends < 2:
         return ()
+    if total == 1:
+        return tuple(tuple(int(i == j) for j in range(backends)) for i in range(backends))
     sizes = _sizes(total, most)
     found = [
         _around(total, backends, backend, size)
@@ -116,8 +119,8 @@ def _sizes(total: int, most: int) -> list[int]:
     """Sizes from 1 to total - 1, evenly, both ends and the middle among them."""
     if total - 1 <= most:
         return list(range(1, total))
-    steps = {1 + round(i * (total - 2) / (most - 1)) for i in range(most - 1)}
-    return sorted(steps | {total // 2, total - 1})
+    steps = {1 + round(i * (total - 2) / (most - 2)) for i in range(most - 1)}
+    return sorted(steps | {total // 2})
 
 
 def _around(total: int, backends: int, backend: int, size: int) -> tuple[int, ...]:

@@ -17,7 +17,8 @@ HIDDEN_COPIES = 12  # residuals, norms, q, k, v and their gradients [b, S, D]
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
     """Bytes of one stage. `kept`: inputs of blocks and head, of the microbatches in flight,
-    and in the saved form what the blocks' forwards saved.
+    and what the blocks' forwards saved: all of it in the saved form, else the middle of
+    each block.
     """
 
     weights: int
@@ -55,8 +56,9 @@ def stage_memory(
     kept = 0
     if work.method is not None:
         flying = in_flight(stage, stages, work.microbatches)
-        kept = flying * (layers + (1 if head else 0)) * work.activation_bytes
-        # the recompute form has only those of the block whose backward runs
+        each = layers if form == "saved" else 2 * layers  # and the middle of each block
+        kept = flying * (each + (1 if head else 0)) * work.activation_bytes
+        # the recompute form has the rest only of the block whose backward runs
         copies = flying * layers if form == "saved" else min(1, layers)
         kept += copies * FLOAT_BYTES * work.saved_floats
     return MemoryEstimate(

@@ -157,7 +157,7 @@ def _stage(work: Workload, found: Partition, index: int, first: int) -> StagePla
         heads=work.heads,
         columns=work.columns,
         form=form,
-        unmeasured=device.backends[1:],
+        unmeasured=device.backends[1:] if work.splits else (),
     )
 
 

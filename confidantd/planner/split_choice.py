@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from confidantd.planner.heads import Alone, BlockSplit, Curve, best_split, choose, tiles
+from confidantd.planner.heads import Alone, BlockSplit, Curve, Points, best_split, choose, tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,27 +92,45 @@ def to_json(profile: BlockProfile) -> bytes:
 
 
 def from_json(data: bytes) -> BlockProfile | None:
-    """The profile in a file; None if it is none."""
+    """The profile in a file; None if it is none that a choice can be made by."""
     try:
         fields = json.loads(data)
-        curves = fields["curves"]
-        return BlockProfile(
-            tuple(Alone(**alone) for alone in fields["alone"]),
-            None
-            if curves is None
-            else BlockCurves(
-                tuple(map(_curve, curves["attention"])),
-                tuple(map(_curve, curves["mlp"])),
-                float(curves["join_seconds"]),
-            ),
-        )
-    except (ValueError, KeyError, TypeError):
+        alone = tuple(map(_alone, fields["alone"]))
+        curves = None if fields["curves"] is None else _curves(fields["curves"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
+    names = [a.backend for a in alone]
+    units = () if curves is None else (curves.attention, curves.mlp)
+    if not names or any([curve.backend for curve in unit] != names for unit in units):
+        return None
+    return BlockProfile(alone, curves)
+
+
+def _curves(fields: dict[str, Any]) -> BlockCurves:
+    attention, mlp = (tuple(map(_curve, fields[unit])) for unit in ("attention", "mlp"))
+    return BlockCurves(attention, mlp, _seconds(fields["join_seconds"]))
+
+
+def _alone(fields: dict[str, Any]) -> Alone:
+    forward, backward = fields["forward_seconds"], fields["backward_seconds"]
+    return Alone(str(fields["backend"]), _seconds(forward), _seconds(backward))
 
 
 def _curve(fields: dict[str, Any]) -> Curve:
-    return Curve(
-        str(fields["backend"]),
-        tuple((int(size), float(seconds)) for size, seconds in fields["forward"]),
-        tuple((int(size), float(seconds)) for size, seconds in fields["backward"]),
-    )
+    forward, backward = _points(fields["forward"]), _points(fields["backward"])
+    return Curve(str(fields["backend"]), forward, backward)
+
+
+def _points(found: list[tuple[Any, Any]]) -> Points:
+    points = tuple((int(size), _seconds(seconds)) for size, seconds in found)
+    sizes = [size for size, _ in points]
+    if not sizes or sizes[0] < 1 or sizes != sorted(set(sizes)):
+        raise ValueError("sizes are not in ascending order")
+    return points
+
+
+def _seconds(found: Any) -> float:
+    seconds = float(found)
+    if not 0 <= seconds < math.inf:
+        raise ValueError("not a time")
+    return seconds

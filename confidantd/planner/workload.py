@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 FLOAT_BYTES = 4
-RECOMPUTED_SHARE = 0.8  # of a forward; measured 0.78 to 0.80 on a Llama block of 768
+RECOMPUTED_SHARE = 0.75  # of a forward; measured on a Llama block of 768
 Method = Literal["full", "lora"]
 Form = Literal["saved", "recompute"]
 
@@ -17,7 +17,8 @@ class Workload:
 
     `block_adapter` counts LoRA weights of one block. `sequence_length` S is the
     training length, or prompt plus new tokens. `tied`: head and embedding share a table.
-    `saved_floats` is what one block keeps of one microbatch in the saved form.
+    `saved_floats` is what one block keeps of one microbatch in the saved form. `splits`:
+    its blocks are large enough for a device's backends to share them out.
     """
 
     model: str
@@ -38,6 +39,7 @@ class Workload:
     sequence_length: int
     method: Method | None
     saved_floats: int = 0
+    splits: bool = False
 
     @property
     def tokens(self) -> int:
@@ -55,7 +57,7 @@ def stage_flops(work: Workload, layers: int, *, head: bool, form: Form = "saved"
 
     A product with n weights costs 2n a token, exact attention 4 S H Dh a token.
     The backward costs two forwards in full fine-tuning and about one with frozen weights.
-    The recompute form runs a block's forward a second time, all but its last product.
+    The recompute form runs a block's forward a second time, all but its two last products.
     """
     tokens = work.tokens if work.method else 1
     attention = 4 * work.sequence_length * work.heads * work.head_dim

@@ -40,7 +40,8 @@ from confidantd.worker.memory import peak_memory_bytes
 from confidantd.worker.trainer import Trainer, tied_partner
 
 MAX_WAITING_COMMANDS = 64
-SPLIT_PROGRAM = "attention_forward"  # given where blocks are large enough for several backends
+# Given where blocks are large enough for several backends:
+TRAIN_SPLIT_PROGRAM, DECODE_SPLIT_PROGRAM = "attention_forward", "attention_decode"
 
 
 class StageWorker:
@@ -127,8 +128,16 @@ class StageWorker:
                     assert_never(other)
 
     async def _serve_generation(self, load: Load, exchange: Exchange) -> None:
-        place = load.assignment
-        stage = await exchange.compute(make_decode_stage, load)
+        report = PipeReport(self._pipe.send)
+        stage = await exchange.compute(make_decode_stage, load, report)
+        try:
+            await self._generate(load.assignment, stage, exchange)
+        finally:
+            await exchange.compute(stage.close)  # after what it computes now
+
+    async def _generate(
+        self, place: StageAssignment, stage: DecodeStage, exchange: Exchange
+    ) -> None:
         self._pipe.send(Loaded({}))
         generator = Generator(place, stage, exchange, self._pipe.send)
         async with asyncio.TaskGroup() as group:
@@ -182,22 +191,30 @@ def make_train_stage(load: Load, report: PipeReport) -> TrainStage:
         reader(place.adapter_tensors, load.blobs) if place.adapter_tensors else None,
         place.threads,
     )
-    if len(load.backends) > 1 and SPLIT_PROGRAM in place.programs:
-        backends = chosen_backends(load.backends, report)
-        stage.schedule(backends, SplitFile(load.split_file), report, load.split)
+    if TRAIN_SPLIT_PROGRAM in place.programs:
+        _schedule(stage, load, report)
     return stage
 
 
-def make_decode_stage(load: Load) -> DecodeStage:
-    """Programs and weights of a generating stage."""
+def make_decode_stage(load: Load, report: PipeReport) -> DecodeStage:
+    """Programs and weights of a generating stage, and who computes its blocks."""
     place = load.assignment
-    return DecodeStage(
+    stage = DecodeStage(
         place.spec,
         program_paths(place.programs, load.blobs),
         reader(place.tensors, load.blobs),
         reader(place.adapter_tensors, load.blobs) if place.adapter_tensors else None,
         place.threads,
     )
+    if DECODE_SPLIT_PROGRAM in place.programs:
+        _schedule(stage, load, report)
+    return stage
+
+
+def _schedule(stage: TrainStage | DecodeStage, load: Load, report: PipeReport) -> None:
+    if len(load.backends) > 1:
+        backends = chosen_backends(load.backends, report)
+        stage.schedule(backends, SplitFile(load.split_file), report, load.split)
 
 
 def write_trained(stage: TrainStage, folder: str) -> Collected:

@@ -27,6 +27,7 @@ def requests(kind: str, folder: Path) -> list[ProgramRequest]:
         ProgramRequest(spec, "train", "full", None, ROWS, TOKENS),
         ProgramRequest(spec, "train", "lora", LoraSpec(4, 10.0, targets), ROWS, TOKENS),
         ProgramRequest(spec, "generate"),
+        ProgramRequest(spec, "generate", split=True),
     ]
 
 

@@ -105,7 +105,7 @@ def test_real_gpt2_sorts() -> None:
 def test_memory_mapped_weights_are_not_copied(tmp_path: Path, kind: str, name: str) -> None:
     """What a checkpoint stores in the programs' layout stays a view of its file."""
     (stage,) = decoder(save_model(kind, tmp_path), 1).stages
-    weights = stage._blocks[0][name]
+    weights = stage._blocks[0].weights[name]
     assert isinstance(weights.base, np.ndarray | memoryview) or isinstance(weights, np.memmap)
     assert not weights.flags.owndata
     assert not weights.flags.writeable

@@ -167,3 +167,37 @@ def test_a_model_too_small_to_share_stays_on_the_cpu(small: Small, tmp_path: Pat
     assert events[-1]["event"] == "done", events[-1]
     shares = events[-1]["stages"][0]["backends"]
     assert shares == [{"name": "cpu", "heads": 6, "columns": 544}]
+    (plan,) = (event for event in events if event["event"] == "plan")
+    assert plan["stages"][0]["unmeasured_backends"] == []
+
+
+def test_generation_shares_out_large_blocks_only(small: Small, tmp_path: Path) -> None:
+    """The same tokens as torch; the plan shows the shares, once they are measured."""
+    torch.manual_seed(4)
+    folder = tmp_path / "large"
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=257, hidden_size=640, intermediate_size=2048, num_hidden_layers=2,
+            num_attention_heads=10, num_key_value_heads=5, max_position_embeddings=128,
+            initializer_range=0.06, eos_token_id=256, bos_token_id=None,
+        )
+    ).save_pretrained(folder)  # fmt: skip
+    byte_tokenizer(folder)
+    ids = small.encode(small.prompt)
+    with two_devices(tmp_path, faulty_backend.NAME) as (anna, _):
+        tiny = anna.json("plan", str(small.folder), "--generate", "--devices", "anna")
+        before = anna.json("plan", str(folder), "--generate", "--devices", "anna")
+        answer = anna.json(
+            "generate", str(folder), "--prompt", small.prompt, "--max-new-tokens", "16",
+            "--devices", "anna",
+        )  # fmt: skip
+        after = anna.json("plan", str(folder), "--generate", "--devices", "anna")
+    assert tiny["stages"][0]["unmeasured_backends"] == []
+    assert before["stages"][0]["unmeasured_backends"] == ["faulty"]
+    assert answer["tokens"] == reference.greedy(reference.load(folder), ids, 16)
+    shares = answer["stages"][0]["backends"]
+    assert [share["name"] for share in shares] == ["cpu", "faulty"]
+    assert sum(share["heads"] for share in shares) == 10
+    assert sum(share["columns"] for share in shares) == 2048
+    assert after["stages"][0]["backends"] == shares
+    assert after["stages"][0]["unmeasured_backends"] == []

@@ -40,11 +40,13 @@ def test_generation_holds_weights_and_a_cache() -> None:
 
 
 @pytest.mark.parametrize(("stage", "in_flight"), [(0, 3), (1, 2), (2, 1)])
-def test_block_inputs_are_kept_for_microbatches_in_flight(stage: int, in_flight: int) -> None:
+def test_block_inputs_and_middles_are_kept_for_microbatches_in_flight(
+    stage: int, in_flight: int
+) -> None:
     work = workload()
     head = stage == 2
     found = stage_memory(work, 2, embedding=stage == 0, head=head, stage=stage, stages=3)
-    assert found.kept == in_flight * (3 if head else 2) * 4 * 2 * 128 * 768
+    assert found.kept == in_flight * (5 if head else 4) * 4 * 2 * 128 * 768
 
 
 def test_a_tied_table_on_one_device_counts_once() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -88,3 +89,12 @@ def test_more_devices_than_layers() -> None:
     with pytest.raises(DeviceError, match="3 devices cannot share 2 layers"):
         make_plan(workload(layers=2), devices, devices[0].id, use_all=True)
     assert len(make_plan(workload(layers=2), devices, devices[0].id).stages) <= 2
+
+
+def test_backends_are_measured_only_for_blocks_that_are_worth_it() -> None:
+    only = replace(device("only"), backends=("cpu", "gpu"))
+    for splits, unmeasured in ((False, []), (True, ["gpu"])):
+        work = replace(workload(), splits=splits)
+        (stage,) = make_plan(work, [only], only.id).to_json()["stages"]
+        assert stage["unmeasured_backends"] == unmeasured
+        assert [share["name"] for share in stage["backends"]] == ["cpu"]

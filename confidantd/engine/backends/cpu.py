@@ -38,8 +38,9 @@ class CpuBackend:
 
     def session(self, program: Path, setting: SessionSetting) -> onnxruntime.InferenceSession:
         """Raises CorruptFileError for a broken file, BackendError for an unsupported operator."""
+        _share_arena()
         options = base_options(setting)
-        options.enable_cpu_mem_arena = True
+        options.add_session_config_entry("session.use_env_allocators", "1")
         options.enable_mem_pattern = True
         try:
             return onnxruntime.InferenceSession(
@@ -51,6 +52,23 @@ class CpuBackend:
             )
         except (*LOAD_FAILURES, ValueError) as failure:
             raise _translated(program, failure) from None
+
+
+@functools.cache
+def _share_arena() -> None:
+    """One arena for all sessions of this process, which run one after the other on a thread.
+
+    Without an arena, the backward of a block takes an eighth longer (fresh pages for every
+    intermediate tensor); with one for each session, each keeps what only one needs at a time.
+    """
+    place = onnxruntime.OrtMemoryInfo(
+        "Cpu",
+        onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR,
+        0,
+        onnxruntime.OrtMemType.DEFAULT,
+    )
+    exact = {"arena_extend_strategy": 1}  # by as much as is asked for, not by powers of two
+    onnxruntime.create_and_register_allocator(place, onnxruntime.OrtArenaCfg(exact))
 
 
 def _translated(program: Path, failure: Exception) -> BackendError | CorruptFileError:

@@ -8,11 +8,13 @@ weights, and the stage goes on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from confidantd.engine.blocks import BackwardClock, Named, Saved, saved_only
 from confidantd.engine.split.parts import BackendPrograms, BackendThread
@@ -36,72 +38,29 @@ class Part:
     shares: dict[str, Share]
 
 
-class SplitBlocks:
-    """A `BlockRunner` over parts. `failed` hears of backends that were replaced."""
+class Parts:
+    """Parts at work at the same time, each on its thread; the CPU takes over from one that fails,
+    which `failed` hears of.
+    """
 
     def __init__(self, parts: Sequence[Part], fallback: BackendPrograms, failed: Failed) -> None:
         self._parts = list(parts)
         self._fallback = fallback
         self._failed = failed
-        self._clock = BackwardClock()
         self._views: dict[tuple[int, int], Named] = {}
         self.seconds: dict[tuple[int, str], float] = {}  # of the last runs: (part, program)
 
-    def forward(self, x: Floats, block: Group, *, keep: bool) -> tuple[Floats, Saved | None]:
-        """Attention parts, their sum, MLP parts, their sum."""
-        only = None if keep else ("y",)
-        attention = self._run(f"{ATTENTION}_forward", block, [{"x": x}] * self._count, only)
-        middle = _sum(x, attention, "y")
-        mlp = self._run(f"{MLP}_forward", block, [{"x": middle}] * self._count, only)
-        y = _sum(middle, mlp, "y")
-        if not keep:
-            return y, None
-        units = {ATTENTION: [saved_only(p) for p in attention], MLP: [saved_only(p) for p in mlp]}
-        return y, Saved(units, middle)
+    def __iter__(self) -> Iterator[Part]:
+        return iter(self._parts)
 
-    def backward(self, dy: Floats, x: Floats, saved: Saved | None, block: Group) -> Floats:
-        """MLP parts backward, their sum, attention parts backward, their sum."""
-        before = [part.thread.busy_seconds for part in self._parts]
-        if saved is None:
-            saved = self._again(x, block)
-        middle = saved.middle
-        assert middle is not None
-        between = self._unit_backward(MLP, dy, middle, saved, block)
-        dx = self._unit_backward(ATTENTION, between, x, saved, block)
-        self._clock.add(
-            {
-                part.thread.name: part.thread.busy_seconds - busy
-                for part, busy in zip(self._parts, before, strict=True)
-            }
-        )
-        return dx
-
-    def _again(self, x: Floats, block: Group) -> Saved:
-        """What the forward would have saved; the MLP's own sum is not needed."""
-        attention = self._run(f"{ATTENTION}_forward", block, [{"x": x}] * self._count)
-        middle = _sum(x, attention, "y")
-        mlp = self._run(f"{MLP}_recompute", block, [{"x": middle}] * self._count)
-        return Saved({ATTENTION: [saved_only(p) for p in attention], MLP: mlp}, middle)
-
-    def _unit_backward(
-        self, unit: str, dy: Floats, x: Floats, saved: Saved, block: Group
-    ) -> Floats:
-        feeds = [{"dy": dy, "x": x, **kept} for kept in saved.units[unit]]
-        found = self._run(f"{unit}_backward", block, feeds)
-        for part, outputs in zip(self._parts, found, strict=True):
-            if unit in part.shares:
-                part.shares[unit].add_gradients(outputs, block)
-        return _sum(dy, found, "dx")
-
-    @property
-    def _count(self) -> int:
+    def __len__(self) -> int:
         return len(self._parts)
 
-    def _run(
+    def run(
         self,
         name: str,
         block: Group,
-        feeds: Sequence[Named],
+        feeds: Sequence[Mapping[str, NDArray[Any]]],
         only: tuple[str, ...] | None = None,
     ) -> list[Named]:
         """Run one program on every part that has a share; the outputs of each part."""
@@ -125,7 +84,12 @@ class SplitBlocks:
         return found
 
     def _start(
-        self, part: Part, name: str, block: Group, feeds: Named, only: tuple[str, ...] | None
+        self,
+        part: Part,
+        name: str,
+        block: Group,
+        feeds: Mapping[str, NDArray[Any]],
+        only: tuple[str, ...] | None,
     ) -> Future[tuple[Named, float]] | None:
         unit = name.split("_", maxsplit=1)[0]
         share = part.shares.get(unit)
@@ -154,12 +118,71 @@ class SplitBlocks:
         self._failed(part.programs.backend.name, failure)
         self._parts[index] = Part(self._fallback, part.thread, part.shares)
 
+
+class SplitBlocks:
+    """A `BlockRunner` over parts. `failed` hears of backends that were replaced."""
+
+    def __init__(self, parts: Sequence[Part], fallback: BackendPrograms, failed: Failed) -> None:
+        self._parts = Parts(parts, fallback, failed)
+        self._clock = BackwardClock()
+
+    @property
+    def seconds(self) -> dict[tuple[int, str], float]:
+        """Of the last runs by (part, program)."""
+        return self._parts.seconds
+
+    def forward(self, x: Floats, block: Group, *, keep: bool) -> tuple[Floats, Saved | None]:
+        """Attention parts, their sum, MLP parts, their sum."""
+        middle, attention = self.unit_forward(ATTENTION, x, block, keep=keep)
+        y, mlp = self.unit_forward(MLP, middle, block, keep=keep)
+        return y, Saved({ATTENTION: attention, MLP: mlp}, middle) if keep else None
+
+    def backward(self, dy: Floats, x: Floats, saved: Saved | None, block: Group) -> Floats:
+        """MLP parts backward, their sum, attention parts backward, their sum."""
+        before = [part.thread.busy_seconds for part in self._parts]
+        if saved is None:
+            saved = self._again(x, block)
+        middle = saved.middle
+        assert middle is not None
+        between = self.unit_backward(MLP, dy, middle, saved, block)
+        dx = self.unit_backward(ATTENTION, between, x, saved, block)
+        self._clock.add(
+            {
+                part.thread.name: part.thread.busy_seconds - busy
+                for part, busy in zip(self._parts, before, strict=True)
+            }
+        )
+        return dx
+
+    def _again(self, x: Floats, block: Group) -> Saved:
+        """What the forward would have saved; the MLP's own sum is not needed."""
+        middle, attention = self.unit_forward(ATTENTION, x, block, keep=True)
+        mlp = self._parts.run(f"{MLP}_recompute", block, [{"x": middle}] * len(self._parts))
+        return Saved({ATTENTION: attention, MLP: mlp}, middle)
+
+    def unit_forward(
+        self, unit: str, x: Floats, block: Group, *, keep: bool
+    ) -> tuple[Floats, list[Named]]:
+        """x plus one unit of it, joined over the parts, and with `keep` what each part saved."""
+        only = None if keep else ("y",)
+        found = self._parts.run(f"{unit}_forward", block, [{"x": x}] * len(self._parts), only)
+        return joined(x, found, "y"), [saved_only(part) for part in found]
+
+    def unit_backward(self, unit: str, dy: Floats, x: Floats, saved: Saved, block: Group) -> Floats:
+        """Backward of one unit and its residual: the gradient by x, joined over the parts."""
+        feeds = [{"dy": dy, "x": x, **kept} for kept in saved.units[unit]]
+        found = self._parts.run(f"{unit}_backward", block, feeds)
+        for part, outputs in zip(self._parts, found, strict=True):
+            if unit in part.shares:
+                part.shares[unit].add_gradients(outputs, block)
+        return joined(dy, found, "dx")
+
     def take_backward_seconds(self) -> dict[str, float]:
         """By backend."""
         return self._clock.take()
 
 
-def _sum(x: Floats, parts: Sequence[Named], name: str) -> Floats:
+def joined(x: Floats, parts: Sequence[Named], name: str) -> Floats:
     """x plus the output `name` of every part, in order; the first part's memory is reused."""
     there = [part[name].reshape(x.shape) for part in parts if name in part]
     total = there[0]

@@ -7,14 +7,14 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from confidantd.engine.backends.base import Backend, SessionSetting
-from confidantd.engine.program import EngineProgram, free_dimensions
+from confidantd.engine.program import EngineProgram, fixed_dimensions
 from confidantd.errors import WorkerError
 
 _T = TypeVar("_T")
@@ -41,7 +41,7 @@ class BackendPrograms:
         if name not in self._paths:
             raise WorkerError(f"this stage was not given the program {name}")
         path = self._paths[name]
-        dimensions = multiples(free_dimensions(path), symbol, count) if symbol else {}
+        dimensions = fixed_dimensions(path, {symbol: count} if symbol else {})
         setting = SessionSetting(threads=self._threads, dimensions=dimensions)
         return EngineProgram(path, self.backend, setting)
 
@@ -49,7 +49,8 @@ class BackendPrograms:
         """Forget programs of other sizes; `counts` by unit (the first word of a name)."""
         with self._making:
             for name, count in list(self._made):
-                if count and counts.get(name.split("_")[0]) != count:
+                unit = name.split("_")[0]
+                if unit in counts and counts[unit] != count:
                     del self._made[name, count]
 
 
@@ -89,16 +90,6 @@ class BackendThread:
     def close(self) -> None:
         """End the thread after what it is doing now."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-def multiples(names: Iterable[str], symbol: str, count: int) -> dict[str, int]:
-    """Sizes of free dimensions that are called `K` or `64*K`, for K = `count`."""
-    found = {}
-    for name in names:
-        factor, _, base = name.rpartition("*")
-        if base == symbol:
-            found[name] = int(factor or 1) * count
-    return found
 
 
 def share_cores(backends: int) -> list[tuple[int, ...]]:

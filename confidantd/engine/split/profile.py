@@ -16,6 +16,7 @@ import numpy as np
 
 from confidantd.engine.blocks import BlockRunner
 from confidantd.engine.split.blocks import ATTENTION, MLP, SplitBlocks
+from confidantd.engine.split.decode import SplitDecode
 from confidantd.engine.split.plan import Placement, make_parts
 from confidantd.engine.split.team import Report, Team
 from confidantd.engine.tensors import Floats
@@ -26,6 +27,7 @@ from confidantd.planner.split_choice import BlockCurves, BlockProfile
 from confidantd.wire.stage import StageSpec
 
 LEAST_BLOCK_SECONDS = 0.004  # forward and backward; below this, waking threads costs too much
+BUDGET_SECONDS = 60.0
 ROUNDS = 3  # the median of so many; the first run of a session also compiles and is not counted
 Shares = Mapping[str, tuple[int, ...]]  # by unit: groups, or tiles of columns, of each backend
 
@@ -70,7 +72,7 @@ def measure(bench: Bench, team: Team, report: Report, *, always: bool = False) -
         return profile
     while team.can_split(f"{ATTENTION}_forward"):
         before = len(team.left_out)
-        curves = _together(bench, team, report)
+        curves = measure_together(bench, team, report, min(a.seconds for a in alone))
         if len(team.left_out) == before:
             return BlockProfile(profile.without(team.left_out).alone, curves)
     return profile.without(team.left_out)
@@ -89,20 +91,30 @@ def _alone(bench: Bench, team: Team, name: str) -> Alone | None:
     return Alone(name, forward, backward)
 
 
-def _together(bench: Bench, team: Team, report: Report) -> BlockCurves:
-    """Curves of every backend over groups and tiles of columns."""
+def measure_together(
+    bench: Bench, team: Team, report: Report, block_seconds: float = 0.0
+) -> BlockCurves:
+    """Curves of every backend over groups and tiles of columns, all at work.
+
+    `block_seconds`: about what a block takes; of slow ones fewer rounds are measured.
+    """
     samples, names = Samples(), team.names
     programs, threads = [team.parts(n) for n in names], [team.thread(n) for n in names]
-    found = list(_compositions(bench.spec, len(names)))
-    for done, shares in enumerate(found):
-        report.measuring(done, len(found))
+    made = []
+    for shares in compositions(bench.spec, len(names)):
         placement = placement_of(shares, bench.spec.model.block.columns)
         parts = make_parts(bench.spec.model, bench.spec.lora, programs, threads, placement)
-        blocks = SplitBlocks(parts, team.cpu, team.leave_out)
-        bench.time(blocks)
-        for _ in range(ROUNDS):
-            samples.record(blocks, shares, sum(bench.time(blocks)))
-    report.measuring(len(found), len(found))
+        made.append((shares, SplitBlocks(parts, team.cpu, team.leave_out)))
+    affordable = int(BUDGET_SECONDS / max(len(made) * block_seconds, 1e-9)) - 1
+    rounds = 1 + min(ROUNDS, max(1, affordable))  # the first one is not counted
+    total = len(made) * rounds
+    # round by round, so that what disturbs the machine for a while spoils one round only
+    for done, (shares, blocks) in enumerate(made * rounds):
+        report.measuring(done, total)
+        seconds = sum(bench.time(blocks))
+        if done >= len(made):
+            samples.record(blocks, shares, seconds)
+    report.measuring(total, total)
     again = bench.spec.form == "recompute"
     return BlockCurves(
         tuple(samples.curve(i, n, ATTENTION, again=again) for i, n in enumerate(names)),
@@ -111,7 +123,7 @@ def _together(bench: Bench, team: Team, report: Report) -> BlockCurves:
     )
 
 
-def _compositions(spec: StageSpec, backends: int) -> Iterator[Shares]:
+def compositions(spec: StageSpec, backends: int) -> Iterator[Shares]:
     """Compositions of both units to measure together; the shorter list is repeated."""
     block = spec.model.block
     groups = probes(block.kv_heads, backends)
@@ -137,8 +149,10 @@ class Samples:
         self._seconds: dict[tuple[int, str], dict[int, list[float]]] = {}
         self._joins: list[float] = []
 
-    def record(self, blocks: SplitBlocks, shares: Shares, wall_seconds: float) -> None:
-        """Take the seconds of the last forward and backward."""
+    def record(
+        self, blocks: SplitBlocks | SplitDecode, shares: Shares, wall_seconds: float
+    ) -> None:
+        """Take the seconds of the last run of each program."""
         slowest: dict[str, float] = {}
         for (index, program), seconds in blocks.seconds.items():
             size = shares[program.split("_")[0]][index]
@@ -153,13 +167,14 @@ class Samples:
 
     def curve(self, index: int, name: str, unit: str, *, again: bool) -> Curve:
         """One backend's curve; with `again` the backward includes what is computed again."""
-        forward = self._medians(index, f"{unit}_forward")
-        backward = self._medians(index, f"{unit}_backward")
+        forward = self.medians(index, f"{unit}_forward")
+        backward = self.medians(index, f"{unit}_backward")
         if again:
-            more = forward if unit == ATTENTION else self._medians(index, f"{unit}_recompute")
+            more = forward if unit == ATTENTION else self.medians(index, f"{unit}_recompute")
             backward = {size: s + more.get(size, 0.0) for size, s in backward.items()}
         return Curve(name, tuple(sorted(forward.items())), tuple(sorted(backward.items())))
 
-    def _medians(self, index: int, program: str) -> dict[int, float]:
+    def medians(self, index: int, program: str) -> dict[int, float]:
+        """Median seconds of one backend's runs of a program, by size of share."""
         found = self._seconds.get((index, program), {})
         return {size: statistics.median(seconds) for size, seconds in found.items()}

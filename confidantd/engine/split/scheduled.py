@@ -8,40 +8,21 @@ changes a number beyond rounding: shares are views of the same weights.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from confidantd.engine.backends.cpu import CpuBackend
 from confidantd.engine.blocks import BlockRunner, FusedBlocks, Saved
-from confidantd.engine.split.blocks import ATTENTION, MLP, SplitBlocks
-from confidantd.engine.split.plan import make_parts
-from confidantd.engine.split.profile import Bench, measure, placement_of
+from confidantd.engine.split.blocks import SplitBlocks
+from confidantd.engine.split.choice import Memory, announce, chosen_parts, remembered
+from confidantd.engine.split.profile import Bench, measure
 from confidantd.engine.split.team import Report, Team
 from confidantd.engine.tensors import Floats
 from confidantd.engine.trained_weights import Group
 from confidantd.errors import BackendError
 from confidantd.planner.drift import Drift, backward_seconds, rebalance, scaled
 from confidantd.planner.heads import BlockSplit
-from confidantd.planner.split_choice import (
-    BlockProfile,
-    choose_block,
-    from_json,
-    shares_of,
-    to_json,
-)
-from confidantd.wire.stage import BackendShare, Split, StageSpec
-from confidantd.wire.worker import SplitChosen
+from confidantd.planner.split_choice import choose_block, to_json
+from confidantd.wire.stage import Split, StageSpec
 
-
-class Memory(Protocol):
-    """Where the profile of a block shape is kept."""
-
-    def read(self) -> bytes | None:
-        """What was written last; None if nothing was."""
-        ...
-
-    def write(self, data: bytes) -> None:
-        """Remember."""
-        ...
+RETRY_STEPS = 100  # after a move, and twice as many after each further one
 
 
 class ScheduledBlocks:
@@ -60,12 +41,13 @@ class ScheduledBlocks:
         self._split_when = split
         self._team = team
         self._report = report
-        found = _remembered(memory, team)
+        found = remembered(memory, team, split)
         if found is None:
             found = measure(Bench.of(spec, block), team, report, always=split == "always")
             if not team.left_out:
                 memory.write(to_json(found))
-        self._profile = found
+        self._profile = self._first_profile = found
+        self._steps_to_retry, self._retry_steps = 0, RETRY_STEPS
         self._adopt(self._best())
 
     def _best(self) -> BlockSplit:
@@ -80,10 +62,7 @@ class ScheduledBlocks:
         self._choice, self._drift = choice, Drift()
         self._runner: FusedBlocks | SplitBlocks
         self._runner = self._fused(choice.alone) if choice.alone else self._split(choice)
-        block = self._spec.model.block
-        shares = shares_of(choice, block.heads, block.kv_heads, block.columns)
-        found = tuple(BackendShare(*share) for share in shares)
-        self._report.chosen(SplitChosen(found, choice.seconds))
+        announce(choice, self._spec.model.block, self._report)
 
     def _fused(self, name: str) -> FusedBlocks:
         try:
@@ -95,13 +74,7 @@ class ScheduledBlocks:
             return self._fused(CpuBackend.name)
 
     def _split(self, choice: BlockSplit) -> SplitBlocks:
-        shares = {ATTENTION: choice.attention, MLP: choice.mlp}
-        placement = placement_of(shares, self._spec.model.block.columns)
-        programs = [self._team.parts(name) for name in choice.backends]
-        for index, made in enumerate(programs):
-            made.drop_all_but(placement.of(index))
-        threads = [self._team.thread(name) for name in choice.backends]
-        parts = make_parts(self._spec.model, self._spec.lora, programs, threads, placement)
+        parts = chosen_parts(choice, self._spec.model, self._spec.lora, self._team)
         return SplitBlocks(parts, self._team.cpu, self._team.leave_out)
 
     def forward(self, x: Floats, block: Group, *, keep: bool) -> tuple[Floats, Saved | None]:
@@ -135,6 +108,17 @@ class ScheduledBlocks:
         self._drift = self._drift.observe(predicted, self._runner.take_backward_seconds())
         if self._drift.lasting:
             self._move()
+        elif self._steps_to_retry:
+            self._steps_to_retry -= 1
+            if self._steps_to_retry == 0:
+                self._retry()
+
+    def _retry(self) -> None:
+        """What was slow may have recovered: it is only seen at work, so it gets work again."""
+        self._profile = self._first_profile.without(self._team.left_out)
+        found = self._best()
+        if found != self._choice:
+            self._adopt(found)
 
     def _move(self) -> None:
         """Look for other shares under the speeds of now."""
@@ -144,16 +128,10 @@ class ScheduledBlocks:
         when = self._split_when
         found = rebalance(self._profile, self._choice, block.kv_heads, block.columns, when)
         if found is not None:
+            self._steps_to_retry, self._retry_steps = self._retry_steps, 2 * self._retry_steps
             self._report.notice("backends-moved", "backends changed speed: work is shared anew")
             self._adopt(found)
 
     def take_seconds(self) -> dict[str, float]:
         """Seconds that each backend has computed since the last call."""
         return self._team.take_seconds()
-
-
-def _remembered(memory: Memory, team: Team) -> BlockProfile | None:
-    """What was measured before, if it was measured with these backends."""
-    data = memory.read()
-    found = None if data is None else from_json(data)
-    return found if found is not None and found.backends == set(team.names) else None

@@ -64,6 +64,10 @@ class Team:
         """A backend's programs for shares."""
         return self._parts[name]
 
+    def whole(self, name: str) -> BackendPrograms:
+        """A backend's programs when it works alone, with all threads."""
+        return self._whole[name]
+
     def thread(self, name: str) -> BackendThread:
         """A backend's thread."""
         return self._threads[name]
