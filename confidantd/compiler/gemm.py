@@ -3,8 +3,8 @@
 The exporter writes x W^T as `Transpose` and `MatMul`. As two nodes every run copies the
 weight; ONNX Runtime's own fusion of the two also fuses transposed *left* operands, which
 its CPU kernel multiplies 12 to 18 % slower than after an explicit transpose of the (small)
-activation. So the right ones are fused here, and workers turn that fusion off. What is added to such
-a product goes into it too, which saves a pass over the tokens.
+activation. So the right ones are fused here, and workers turn that fusion off. What is
+added to such a product goes into it too, which saves a pass over the tokens.
 """
 
 from __future__ import annotations
