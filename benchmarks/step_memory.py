@@ -1,6 +1,7 @@
 """`python -m benchmarks.step_memory MODEL FORM NAME=PROGRAM...`: peak memory in bytes.
 
-Of two steps, in a process of its own without torch, as a worker is; `benchmarks.backends` runs it in each form.
+Of two steps, in a process of its own without torch, as a worker is; `benchmarks.backends`
+runs it in each form.
 """
 
 from __future__ import annotations
