@@ -144,7 +144,8 @@ class Daemon:
 
     async def _measure(self) -> None:
         cache = self._config.home / "profile.json"
-        self._providers = await measure_backends(self._threads, cache)
+        wanted = self._config.backends
+        self._providers = await measure_backends(self._threads, cache, wanted)
         self._swarm.set_resources(self._resources())
 
     async def _keep_resources(self) -> None:

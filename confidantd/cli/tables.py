@@ -192,7 +192,7 @@ def _backends(stages: Iterable[Mapping[str, Any]]) -> list[Text]:
     lines = []
     for stage in stages:
         name, shares = plain(stage["name"]), stage["backends"]
-        if len(shares) > 1 or shares[0]["name"] != "cpu":
+        if [share["name"] for share in shares] not in ([], ["cpu"]):
             lines.append(Text(f"{name}: {backend_shares(shares)}"))
         if stage.get("unmeasured_backends"):
             others = ", ".join(plain(other) for other in stage["unmeasured_backends"])

@@ -35,17 +35,20 @@ DRIVER_FOLDERS = (
 _FAILURES = (TimeoutError, OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
-async def measure_backends(threads: int, cache: Path) -> tuple[Provider, ...]:
+async def measure_backends(
+    threads: int, cache: Path, wanted: tuple[str, ...] = ()
+) -> tuple[Provider, ...]:
     """Every provider, the CPU first; nothing if they cannot be probed.
 
-    Remembered in `cache` until a package, a driver or `threads` changes, but not while
-    one is broken: whoever restarts the daemon may have repaired it.
+    With `wanted` only those, and the CPU's, are measured. Remembered in `cache` until a
+    package, a driver or the settings change, but not while one is broken: whoever
+    restarts the daemon may have repaired it.
     """
-    key = await asyncio.to_thread(_key, threads)
+    key = f"{await asyncio.to_thread(_key, threads)}; {','.join(sorted(wanted))}"
     found = await asyncio.to_thread(_read, cache, key)
     if found and not any(provider.broken for provider in found):
         return found
-    found = await _probe(threads)
+    found = await _probe(threads, wanted)
     if found:
         entries = [provider.to_json() for provider in found]
         data = json.dumps({"key": key, "backends": entries}).encode()
@@ -56,9 +59,10 @@ async def measure_backends(threads: int, cache: Path) -> tuple[Provider, ...]:
     return found
 
 
-async def _probe(threads: int) -> tuple[Provider, ...]:
+async def _probe(threads: int, wanted: tuple[str, ...]) -> tuple[Provider, ...]:
     backends = 1 + await asyncio.to_thread(lambda: len(list(_plugins())))
-    command = (sys.executable, "-m", MODULE, "--threads", str(threads))
+    names = ("--backends", ",".join(wanted))
+    command = (sys.executable, "-m", MODULE, "--threads", str(threads), *names)
     try:
         output = await _output(command, SECONDS_PER_BACKEND * backends)
         return read_providers(json.loads(output)["backends"])

@@ -16,11 +16,13 @@ from confidantd.models.spec import LoraSpec, ModelSpec, ProgramRequest
 from tests.component.engine_models import ROWS, TOKENS, save_model
 from tests.programs import programs_for
 
+# Most requests are those of other tests, so that they are compiled once.
 CASES = {
-    "llama": None,
-    "llama-tied": LoraSpec(2, 4.0, ("q_proj", "down_proj")),
-    "gpt2": None,
-    "gpt2-untied": LoraSpec(3, 4.0, ("c_attn", "attn.c_proj")),
+    "llama, full": None,
+    "gpt2, full": None,
+    "llama, lora": LoraSpec(4, 10.0, ("q_proj", "o_proj", "up_proj")),
+    "gpt2, lora": LoraSpec(4, 10.0, ("c_attn", "c_proj")),
+    "llama, lora without output": LoraSpec(2, 4.0, ("q_proj", "down_proj")),
 }
 PRODUCTS = ("MatMul", "Gemm")
 
@@ -43,23 +45,23 @@ def products(path: Path) -> int:
     return sum(node.op_type in PRODUCTS for node in onnx.load(path).graph.node)
 
 
-@pytest.mark.parametrize("kind", CASES)
-def test_a_block_saves_what_the_memory_model_says(tmp_path: Path, kind: str) -> None:
-    spec = save_model(kind, tmp_path).spec
-    programs = compiled(spec, CASES[kind])
+@pytest.mark.parametrize("case", CASES)
+def test_a_block_saves_what_the_memory_model_says(tmp_path: Path, case: str) -> None:
+    spec = save_model(case.partition(",")[0], tmp_path).spec
+    programs = compiled(spec, CASES[case])
     outputs = ports(programs["block_forward"], "outputs")
     saved = [port for port in outputs if port["role"] == "saved"]
     assert sum(math.prod(port["shape"]) for port in saved) == saved_floats(
-        spec, CASES[kind], ROWS, TOKENS
+        spec, CASES[case], ROWS, TOKENS
     )
 
 
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("case", CASES)
 def test_the_backward_takes_all_that_is_saved_and_computes_no_product_twice(
-    tmp_path: Path, kind: str
+    tmp_path: Path, case: str
 ) -> None:
-    spec = save_model(kind, tmp_path).spec
-    programs = compiled(spec, CASES[kind])
+    spec = save_model(case.partition(",")[0], tmp_path).spec
+    programs = compiled(spec, CASES[case])
     saved = [p for p in ports(programs["block_forward"], "outputs") if p["role"] == "saved"]
     held = [p for p in ports(programs["block_recompute"], "inputs") if p["role"] == "saved"]
     (middle,) = held
@@ -70,5 +72,5 @@ def test_the_backward_takes_all_that_is_saved_and_computes_no_product_twice(
     assert taken == saved
     forward, recompute = products(programs["block_forward"]), products(programs["block_recompute"])
     assert recompute <= forward - 2  # neither the output projection nor the last product
-    if CASES[kind] is None:  # each product has two gradients
+    if CASES[case] is None:  # each product has two gradients
         assert products(programs["block_backward"]) == 2 * forward

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,21 +153,6 @@ def test_a_backend_that_slows_down_gives_up_shares(small: Small, tmp_path: Path)
     assert len(splits) == 2
     columns = [{s["name"]: s["columns"] for s in split} for split in splits]
     assert columns[1]["faulty"] < columns[0]["faulty"]
-
-
-def test_a_model_too_small_to_share_stays_on_the_cpu(small: Small, tmp_path: Path) -> None:
-    short = replace(small, length=8)
-    with two_devices(tmp_path, faulty_backend.NAME) as devices:
-        events = devices[0].events(
-            "train", str(short.folder), "--data", str(short.text), "--output",
-            str(tmp_path / "out"), "--steps", "2", "--batch-size", "2", "--sequence-length",
-            "8", "--devices", "anna",
-        )  # fmt: skip
-    assert events[-1]["event"] == "done", events[-1]
-    shares = events[-1]["stages"][0]["backends"]
-    assert shares == [{"name": "cpu", "heads": 6, "columns": 544}]
-    (plan,) = (event for event in events if event["event"] == "plan")
-    assert plan["stages"][0]["unmeasured_backends"] == []
 
 
 def test_generation_shares_out_large_blocks_only(small: Small, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Collection
 from typing import Any
 
 from confidantd.engine.backends.cpu import CpuBackend
@@ -30,10 +31,20 @@ MAX_REASON_CHARACTERS = 200
 Entry = dict[str, Any]
 
 
-def probe_all(threads: int, seconds: float = PROBE_SECONDS) -> list[Entry]:
-    """The CPU, then plugins, then what could be installed; one after the other, each alone."""
+def probe_all(
+    threads: int, wanted: Collection[str] = (), seconds: float = PROBE_SECONDS
+) -> list[Entry]:
+    """The CPU, then plugins, then what could be installed; one after the other, each alone.
+
+    With `wanted`, plugins of other names are only listed.
+    """
     names = [CpuBackend.name, *plugin_names()]
-    entries = [probe_apart(name, threads, seconds) for name in names]
+    entries = [
+        _not_wanted(name)
+        if wanted and name not in (*wanted, CpuBackend.name)
+        else probe_apart(name, threads, seconds)
+        for name in names
+    ]
     return entries + [_not_installed(known) for known in PLUGINS if known.name not in names]
 
 
@@ -59,6 +70,10 @@ def _entry(name: str) -> Entry:
         "name": name, "present": False, "broken": False, "version": None, "devices": [],
         "gflops": None, "memory_gbps": None, "problem": "", "hint": "",
     }  # fmt: skip
+
+
+def _not_wanted(name: str) -> Entry:
+    return {**_entry(name), "problem": "installed, but the settings name other backends"}
 
 
 def _not_installed(known: KnownPlugin) -> Entry:
@@ -119,6 +134,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="what can compute on this device, how fast")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--backends", default="", metavar="NAMES", help="with commas; else all")
     parser.add_argument("--only", metavar="NAME", help="one backend, in this process")
     arguments = parser.parse_args()
     threads = max(1, arguments.threads)
@@ -126,7 +142,8 @@ def main() -> None:
     if arguments.only:
         print(json.dumps(probe_one(arguments.only, threads)), flush=True)
     else:
-        print(json.dumps({"backends": probe_all(threads)}), flush=True)
+        wanted = [name for name in arguments.backends.split(",") if name]
+        print(json.dumps({"backends": probe_all(threads, wanted)}), flush=True)
 
 
 if __name__ == "__main__":
