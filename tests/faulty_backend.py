@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import threading
 import time
 from pathlib import Path
@@ -33,7 +34,7 @@ class FaultyBackend:
         from confidantd.engine.backends.cpu import CpuBackend
         from confidantd.errors import BackendError
 
-        if self.mode == "load" and threading.current_thread() is not threading.main_thread():
+        if self.mode == "load" and in_a_worker():
             raise BackendError("its driver does not answer", "restart the driver")
         return CpuBackend().probe()
 
@@ -60,7 +61,7 @@ class _Session:
 
         owner = self._owner
         owner.runs += 1
-        over = owner.runs > GOOD_RUNS
+        over = owner.runs > GOOD_RUNS and in_a_worker()
         if owner.mode == "run" and over:
             raise failures.Fail("the device was lost")
         started = time.perf_counter()
@@ -68,6 +69,11 @@ class _Session:
         if owner.mode == "slow" and over:
             threading.Event().wait(3 * (time.perf_counter() - started))
         return found
+
+
+def in_a_worker() -> bool:
+    """The daemon's probe and its measurement find everything well."""
+    return "confidantd.worker.stage_worker" in sys.modules
 
 
 def backend() -> FaultyBackend:
