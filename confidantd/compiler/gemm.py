@@ -77,7 +77,8 @@ def _may_take(gemm: Any, product: Any, other: Any) -> bool:
     """A product of ours without a third operand, which is used only here."""
     return bool(
         gemm.op_type == "Gemm"
-        and "transB" in gemm.attributes
+        and set(gemm.attributes) == {"transB"}
+        and gemm.attributes["transB"].as_int() == 1
         and len(gemm.inputs) == 2
         and len(list(product.uses())) == 1
         and not product.is_graph_output()

@@ -32,7 +32,7 @@ class EngineProgram:
     """
 
     def __init__(self, path: Path, backend: Backend, setting: SessionSetting) -> None:
-        self._session = backend.session(path, setting)
+        self._session = _session(backend, path, setting)
         self._backend = backend
         manifest = _manifest(path, self._session)
         self.name: str = manifest["program"]
@@ -96,11 +96,24 @@ class EngineProgram:
 
     def _failed(self, failure: Exception) -> Exception:
         reason = first_line(failure)
+        if self._backend.name != CpuBackend.name:  # out of its memory, too: the CPU can go on
+            return BackendError(f"{self._backend.name} failed in {self.name}: {reason}")
         if "allocate" in str(failure):
             return MemoryError(f"{self.name}: {reason}")
-        if self._backend.name == CpuBackend.name:
-            return WorkerError(f"program {self.name} failed: {reason}")
-        return BackendError(f"{self._backend.name} failed in {self.name}: {reason}")
+        return WorkerError(f"program {self.name} failed: {reason}")
+
+
+def _session(backend: Backend, path: Path, setting: SessionSetting) -> onnxruntime.InferenceSession:
+    if backend.name == CpuBackend.name:
+        return backend.session(path, setting)
+    try:
+        return backend.session(path, setting)
+    except BackendError:
+        raise
+    except Exception as failure:  # code of a plugin: it may raise anything
+        raise BackendError(
+            f"{backend.name} cannot run {path.name} ({first_line(failure)})"
+        ) from failure
 
 
 def _manifest(path: Path, session: onnxruntime.InferenceSession) -> dict[str, Any]:

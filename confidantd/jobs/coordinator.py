@@ -99,9 +99,9 @@ class Coordinator:
             found = await self._peers.request(
                 stage.device, "stage.backends", to_map(question), timeout_seconds=OFFER_SECONDS
             )
+            answer = from_map(BackendsAnswer, found)
         except ConfidantError:  # only what is shown depends on the answer
             return stage
-        answer = from_map(BackendsAnswer, found)
         if not answer.shares:
             return stage
         return replace(stage, backends=answer.shares, unmeasured=())

@@ -44,6 +44,7 @@ from confidantd.wire.worker import (
     Listening,
     Load,
     Loaded,
+    Measuring,
     StageAddress,
     command_from,
     message_map,
@@ -66,6 +67,12 @@ class HeldStage:
     process: WorkerProcess | None = None
     started: dict[type[Event], asyncio.Future[Event]] = field(default_factory=dict)
     trained: list[Digest] = field(default_factory=list)
+    limit: asyncio.Timeout | None = None
+
+    def go_on(self) -> None:
+        """A stage that measures its backends is at work: its time to load begins anew."""
+        if self.limit is not None and not self.limit.expired():
+            self.limit.reschedule(asyncio.get_running_loop().time() + LOAD_SECONDS)
 
 
 class StageHost:
@@ -204,11 +211,13 @@ class StageHost:
         self._tasks.start(self._pump(held, held.process, assignment), f"events-{assignment.job}")
         await held.process.send(self._load(assignment, blobs))
         try:
-            async with asyncio.timeout(LOAD_SECONDS):
+            async with asyncio.timeout(LOAD_SECONDS) as held.limit:
                 listening = await held.started[Listening]
                 loaded = await held.started[Loaded]
         except TimeoutError:
             raise WorkerError(f"the stage did not load within {LOAD_SECONDS:.0f} s") from None
+        finally:
+            held.limit = None
         assert isinstance(listening, Listening)
         assert isinstance(loaded, Loaded)
         return StageStarted(listening.port, loaded.resident_bytes)
@@ -231,6 +240,8 @@ class StageHost:
     ) -> None:
         """Pass the worker's events on to the job's owner, in order."""
         async for event in process.events():
+            if isinstance(event, Measuring):
+                held.go_on()
             waiter = held.started.get(type(event))
             if waiter is not None and not waiter.done():
                 waiter.set_result(event)

@@ -119,11 +119,7 @@ def rebalance(
     """Other shares than `current` if they gain enough under what is measured `now`."""
     best = choose_block(now, groups, columns, split)
     kept = _seconds(now, current)
-    moved = (best.alone, best.attention, best.mlp) != (
-        current.alone,
-        current.attention,
-        current.mlp,
-    )
+    moved = not best.same_shares(current)
     return best if moved and best.seconds < kept * (1 - HYSTERESIS) else None
 
 

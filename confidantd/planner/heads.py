@@ -70,6 +70,15 @@ class BlockSplit:
     mlp: tuple[int, ...]
     seconds: float
 
+    def same_shares(self, other: BlockSplit) -> bool:
+        """Whether both run a block the same way, whatever time that takes."""
+        return (self.alone, self.backends, self.attention, self.mlp) == (
+            other.alone,
+            other.backends,
+            other.attention,
+            other.mlp,
+        )
+
 
 def tiles(columns: int, most: int = MOST_TILES, multiple: int = TILE_MULTIPLE) -> tuple[int, ...]:
     """Widths of at most `most` tiles: equal multiples of `multiple`, the last takes the rest."""

@@ -74,6 +74,9 @@ def _works(backend: Backend, report: PipeReport) -> bool:
     except BackendError as failure:
         _left_out(backend.name, failure.message, report)
         return False
+    except Exception as failure:  # noqa: BLE001  # code of a plugin: it may raise anything
+        _left_out(backend.name, f"{type(failure).__name__}: {failure}"[:200], report)
+        return False
     return True
 
 

@@ -116,8 +116,9 @@ class Failing:
     name = "failing"
     shares_host_memory = False
 
-    def __init__(self, good_runs: int) -> None:
+    def __init__(self, good_runs: int, reason: str = "the driver is gone") -> None:
         self.left = good_runs
+        self.reason = reason
 
     def probe(self) -> Probe:
         """Always there."""
@@ -139,7 +140,7 @@ class _Counted:
         """Fails when the count is used up."""
         self._owner.left -= 1
         if self._owner.left < 0:
-            raise failures.Fail("the driver is gone")
+            raise failures.Fail(self._owner.reason)
         return self._session.run(*arguments)
 
 
@@ -155,3 +156,14 @@ def test_a_backend_that_fails_at_any_run_is_replaced_once(tmp_path: Path, good_r
     assert len(told) == 1
     assert told[0].startswith("failing: ")
     assert "the driver is gone" in told[0]
+
+
+def test_a_backend_without_memory_is_replaced(tmp_path: Path) -> None:
+    """Its memory is not the device's: the CPU goes on."""
+    model = SplitModel(save_model("llama", tmp_path))
+    wanted = model.run(model.fused())
+    told: list[str] = []
+    full = Failing(1, "Failed to allocate memory for requested buffer of size 4194304")
+    with model.split([CpuBackend(), full], (1, 1), (40, 16), told) as split:
+        assert largest_error(model.run(split), wanted) < TOLERANCE
+    assert len(told) == 1

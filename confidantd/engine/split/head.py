@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,41 +18,51 @@ import numpy as np
 from numpy.typing import NDArray
 
 from confidantd.engine.backends.cpu import CpuBackend
+from confidantd.engine.split.parts import BackendPrograms
 from confidantd.engine.split.team import Team
 from confidantd.engine.tensors import Floats
 from confidantd.engine.trained_weights import Group
 from confidantd.errors import BackendError
 from confidantd.models.parts import ROWS
 from confidantd.planner.heads import LEAST_GAIN
-from confidantd.wire.stage import StageSpec
+from confidantd.wire.stage import Split, StageSpec
 
-PROGRAM = "head_backward"
+UNIT = "head"
+PROGRAM = f"{UNIT}_backward"
 ROUNDS = 2
 MOST_WAYS = 6  # compositions of rows that are measured
 
 Array = NDArray[Any]
+Outputs = dict[str, Array]
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """Rows of each backend of the team; `alone`: one backend with all threads has them all."""
+    """Backends and their rows; with `alone` the one backend has all rows, and all threads."""
 
-    rows: tuple[int, ...]
-    alone: str | None = None
+    shares: tuple[tuple[str, int], ...]
+    alone: bool = False
 
 
 class SplitHead:
-    """Runs the head's backward; a backend that fails is left out and the CPU does it again."""
+    """Runs the head's backward; the CPU does again what a failing backend should have done.
 
-    def __init__(self, spec: StageSpec, head: Group, team: Team) -> None:
+    `split` as in `Load`: `never` compares whole heads only.
+    """
+
+    def __init__(self, spec: StageSpec, head: Group, team: Team, split: Split = "auto") -> None:
         self._team = team
-        self._way = Way((), CpuBackend.name)
-        ways = list(_ways(spec.microbatch_size, team.names))
+        ways = [
+            way for way in _ways(spec.microbatch_size, team.names) if way.alone or split != "never"
+        ]
         measured = [(way, self._measure(way, spec, head)) for way in ways]
         worked = [(way, seconds) for way, seconds in measured if seconds is not None]
         alone = min((w for w in worked if w[0].alone), key=lambda w: w[1])
         best = min(worked, key=lambda w: w[1])
         self._way = best[0] if best[1] < (1 - LEAST_GAIN) * alone[1] else alone[0]
+        shares = {} if self._way.alone else dict(self._way.shares)
+        for name in team.names:
+            team.parts(name).drop_all_but({UNIT: shares.get(name, 0)})
 
     def _measure(self, way: Way, spec: StageSpec, head: Group) -> float | None:
         """Seconds of one run; None where a backend failed."""
@@ -66,7 +76,7 @@ class SplitHead:
                 self._run(way, x, labels, np.array(1.0, np.float32), head)
                 times.append(time.perf_counter() - started)
         except BackendError:
-            return None  # it fails in the blocks too, which say so
+            return None
         finally:
             for trained in head.trained.values():
                 trained.clear()
@@ -74,74 +84,103 @@ class SplitHead:
 
     def run(self, x: Floats, labels: Array, scale: Array, head: Group) -> tuple[float, Floats]:
         """Scaled loss, and its gradient by x [b, S, D]; adds to the gradients of the weights."""
-        try:
-            return self._run(self._way, x, labels, scale, head)
-        except BackendError as failure:
-            for name in self._used():
-                self._team.leave_out(name, failure)
-            self._way = Way((), CpuBackend.name)
-            return self._run(self._way, x, labels, scale, head)
-
-    def _used(self) -> Iterator[str]:
-        """Backends of the way other than the CPU."""
-        pairs = zip(self._team.names, self._way.rows, strict=False)
-        names = [self._way.alone] if self._way.alone else [name for name, rows in pairs if rows]
-        return (name for name in names if name not in (None, CpuBackend.name))
+        if any(name in self._team.left_out for name, _ in self._way.shares):
+            rows = sum(rows for _, rows in self._way.shares)
+            self._way = Way(((CpuBackend.name, rows),), alone=True)
+        return self._run(self._way, x, labels, scale, head, again=True)
 
     def _run(
-        self, way: Way, x: Floats, labels: Array, scale: Array, head: Group
-    ) -> tuple[float, Floats]:
-        dx = np.empty_like(x)
-        if way.alone:
-            work = self._piece(way.alone, slice(None), x, labels, scale, head, dx, alone=True)
-            return _added([work()], head), dx
-        ends = [0, *itertools.accumulate(way.rows)]
-        running: list[Future[tuple[dict[str, Array], float]]] = []
-        parts = [slice(*pair) for pair in itertools.pairwise(ends)]
-        for name, part in zip(self._team.names, parts, strict=True):
-            if part.stop > part.start:
-                work = self._piece(name, part, x, labels, scale, head, dx, leads=not running)
-                running.append(self._team.thread(name).start(work))
-        found = [future.result()[0] for future in running]
-        return _added(found, head), dx
-
-    def _piece(
         self,
-        name: str,
-        part: slice,
+        way: Way,
         x: Floats,
         labels: Array,
         scale: Array,
         head: Group,
-        dx: Floats,
         *,
-        alone: bool = False,
-        leads: bool = True,
-    ) -> Callable[[], dict[str, Array]]:
-        """The run of one backend over its rows."""
-        programs = self._team.whole(name) if alone else self._team.parts(name)
-        feeds = {"x": x[part], "labels": labels[part], "scale": scale}
-        into = {"dx": dx[part]} | (head.gradient_targets() if leads else {})
+        again: bool = False,
+    ) -> tuple[float, Floats]:
+        """One run; with `again` the CPU repeats the rows of a backend that fails."""
+        pieces = _pieces(way, x, labels, scale, np.empty_like(x))
+        targets = head.gradient_targets()
+        running = []
+        for index, piece in enumerate(pieces):
+            # the first one writes this step's first gradients in place, the others' are added
+            running.append(self._start(piece, way, head, {} if index else targets))
+        wait(running)  # none may still compute when another one is done again
+        found = [
+            self._result(future, piece, head, {} if index else targets, again=again)
+            for index, (future, piece) in enumerate(zip(running, pieces, strict=True))
+        ]
+        for outputs in found:
+            head.add_gradients(outputs)
+        return float(sum(float(outputs["loss"]) for outputs in found)), pieces[0].whole
 
-        def work() -> dict[str, Array]:
-            program = programs.get(PROGRAM, ROWS, len(feeds["x"]))
-            return program.run(feeds, head.weights, into=into)
+    def _start(
+        self, piece: Piece, way: Way, head: Group, targets: Outputs
+    ) -> Future[tuple[Outputs, float]]:
+        """On the backend's thread; one that works alone runs here, where all cores are its."""
+        team = self._team
+        if not way.alone:
+            programs = team.parts(piece.name)
+            return team.thread(piece.name).start(lambda: _compute(programs, piece, head, targets))
+        done: Future[tuple[Outputs, float]] = Future()
+        try:
+            done.set_result((_compute(team.whole(piece.name), piece, head, targets), 0.0))
+        except BackendError as failure:
+            done.set_exception(failure)
+        return done
 
-        return work
+    def _result(
+        self,
+        future: Future[tuple[Outputs, float]],
+        piece: Piece,
+        head: Group,
+        targets: Outputs,
+        *,
+        again: bool,
+    ) -> Outputs:
+        try:
+            return future.result()[0]
+        except BackendError as failure:
+            if not again or piece.name == CpuBackend.name:
+                raise
+            self._team.leave_out(piece.name, failure)
+            return _compute(self._team.cpu, piece, head, targets)
 
 
-def _added(found: list[dict[str, Array]], head: Group) -> float:
-    """Add every piece's gradients; gives the sum of their losses."""
-    for outputs in found:
-        head.add_gradients(outputs)
-    return float(sum(float(outputs["loss"]) for outputs in found))
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows of one backend: what it is fed, and where its part of the gradient by x goes."""
+
+    name: str
+    feeds: Outputs
+    dx: Floats
+    whole: Floats  # the gradient by x of all rows
+
+
+def _pieces(way: Way, x: Floats, labels: Array, scale: Array, dx: Floats) -> list[Piece]:
+    ends = [0, *itertools.accumulate(rows for _, rows in way.shares)]
+    found = []
+    for (name, rows), first in zip(way.shares, ends[:-1], strict=True):
+        if rows:
+            part = slice(first, first + rows)
+            feeds = {"x": x[part], "labels": labels[part], "scale": scale}
+            found.append(Piece(name, feeds, dx[part], dx))
+    return found
+
+
+def _compute(programs: BackendPrograms, piece: Piece, head: Group, targets: Outputs) -> Outputs:
+    """Losses and gradients of one piece."""
+    program = programs.get(PROGRAM, ROWS, len(piece.dx))
+    return program.run(piece.feeds, head.weights, into={"dx": piece.dx, **targets})
 
 
 def _ways(rows: int, names: tuple[str, ...]) -> Iterator[Way]:
     """Each backend alone, then the more even compositions of two or more."""
-    yield from (Way((), name) for name in names)
+    yield from (Way(((name, rows),), alone=True) for name in names)
     cuts = itertools.combinations_with_replacement(range(rows + 1), len(names) - 1)
     found = [tuple(b - a for a, b in itertools.pairwise((0, *cut, rows))) for cut in cuts]
     shared = [shares for shares in found if sum(share > 0 for share in shares) > 1]
     shared.sort(key=lambda shares: sum(share * share for share in shares))
-    yield from (Way(shares) for shares in shared[:MOST_WAYS])
+    for shares in shared[:MOST_WAYS]:
+        yield Way(tuple(zip(names, shares, strict=True)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from confidantd.engine.backends.cpu import CpuBackend
 from confidantd.engine.blocks import BlockRunner, FusedBlocks, Saved
-from confidantd.engine.split.blocks import SplitBlocks
+from confidantd.engine.split.blocks import ATTENTION, MLP, SplitBlocks
 from confidantd.engine.split.choice import Memory, announce, chosen_parts, remembered
 from confidantd.engine.split.profile import Bench, measure
 from confidantd.engine.split.team import Report, Team
@@ -61,6 +61,9 @@ class ScheduledBlocks:
         self._left_out = len(self._team.left_out)
         self._choice, self._drift = choice, Drift()
         self._runner: FusedBlocks | SplitBlocks
+        if choice.alone:  # what was only measured takes memory that the stage was not granted
+            for name in self._team.names:
+                self._team.parts(name).drop_all_but({ATTENTION: 0, MLP: 0})
         self._runner = self._fused(choice.alone) if choice.alone else self._split(choice)
         announce(choice, self._spec.model.block, self._report)
 
@@ -93,6 +96,8 @@ class ScheduledBlocks:
 
     def _without(self, failure: BackendError) -> BlockRunner:
         """The CPU takes over from the backend that ran whole blocks."""
+        if self._choice.alone in (None, CpuBackend.name, *self._team.left_out):
+            raise failure
         assert self._choice.alone is not None
         self._team.leave_out(self._choice.alone, failure)
         self._runner = self._fused(CpuBackend.name)
@@ -117,7 +122,7 @@ class ScheduledBlocks:
         """What was slow may have recovered: it is only seen at work, so it gets work again."""
         self._profile = self._first_profile.without(self._team.left_out)
         found = self._best()
-        if found != self._choice:
+        if not found.same_shares(self._choice):
             self._adopt(found)
 
     def _move(self) -> None:
