@@ -9,6 +9,11 @@ CHECKERS := $(VENV)/.checkers
 WEBGPU := .venv-webgpu
 VULKAN_DRIVER := $(wildcard /usr/lib/chromium/vk_swiftshader_icd.json)
 WEBGPU_READY := $(if $(VULKAN_DRIVER),$(WEBGPU)/.ready)
+# OpenVINO beside plain onnxruntime finds processors of Intel only. On those of other makers the
+# tests run on the build that has it inside, which lies in front of the plain one.
+OPENVINO := $(shell test "$$(uname -sm)" = "Linux x86_64" && \
+  ! grep -q GenuineIntel /proc/cpuinfo && echo .openvino)
+OPENVINO_READY := $(if $(OPENVINO),$(OPENVINO)/.ready)
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -17,8 +22,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(READY)
 	@$(BIN)/confidant demo
 
-test: $(READY) $(WEBGPU_READY)
-	@$(BIN)/python -m pytest -q $(PYTEST_OPTIONS)
+test: $(READY) $(WEBGPU_READY) $(OPENVINO_READY)
+	@$(if $(OPENVINO),PYTHONPATH="$(CURDIR)/$(OPENVINO)") $(BIN)/python -m pytest -q $(PYTEST_OPTIONS)
 
 lint: $(CHECKERS)
 	@$(BIN)/ruff check .
@@ -51,9 +56,15 @@ $(WEBGPU)/.ready: plugins/webgpu/pyproject.toml | $(READY)
 	@$(WEBGPU)/bin/pip install --quiet --progress-bar off --no-deps -e plugins/webgpu
 	@touch $@
 
+$(OPENVINO)/.ready: | $(READY)
+	@echo "installing into $(OPENVINO): for the tests on OpenVINO"
+	@$(BIN)/pip install --quiet --progress-bar off --no-deps --upgrade --target $(OPENVINO) \
+	  onnxruntime-openvino
+	@touch $@
+
 $(CHECKERS): $(READY)
 	@$(BIN)/pip install --quiet --progress-bar off -e ".[compiler,test,dev]"
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(WEBGPU) build *.egg-info plugins/*/*.egg-info
+	rm -rf $(VENV) $(WEBGPU) .openvino build *.egg-info plugins/*/*.egg-info

@@ -28,12 +28,25 @@ def export(program: Program | Traced) -> bytes:
     model = _traced(program) if isinstance(program, Traced) else _plain(program)
     _freeze(model, program.constants)
     use_gemm(model.model.graph)
+    program = _without_unread(program, model.model.graph)
     proto = model.model_proto
     _strip(proto)
     entry = proto.metadata_props.add()
     entry.key, entry.value = MANIFEST_KEY, json.dumps(_manifest(program), sort_keys=True)
     _check(program, proto)
     return bytes(proto.SerializeToString(deterministic=True))
+
+
+def _without_unread(program: Program | Traced, graph: Any) -> Program | Traced:
+    """Drop inputs that nothing reads, of which for example only a size was needed.
+
+    Releases of OpenVINO confuse the inputs that follow one of these.
+    """
+    unread = {v.name for v in graph.inputs if not v.uses() and not v.is_graph_output()}
+    for value in [value for value in graph.inputs if value.name in unread]:
+        graph.inputs.remove(value)
+    inputs = tuple(port for port in program.inputs if port.name not in unread)
+    return dataclasses.replace(program, inputs=inputs)
 
 
 def _manifest(program: Program | Traced) -> dict[str, Any]:

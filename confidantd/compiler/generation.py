@@ -81,7 +81,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, values: Values, spec: BlockSpec) ->
     q = maths.grouped(q, k.shape[1])
     scores = torch.cat([q @ values["past_key"].transpose(-1, -2), q @ k.transpose(-1, -2)], -1)
     position = torch.arange(steps)
-    empty = (torch.arange(capacity) >= values["past"]).unsqueeze(0).expand(steps, capacity)
+    # not `>=`: one of OpenVINO's builds has no such operator
+    empty = (torch.arange(1, capacity + 1) > values["past"]).unsqueeze(0).expand(steps, capacity)
     later = position.unsqueeze(0) > position.unsqueeze(1)
     groups = spec.heads // spec.kv_heads
     weights = maths.masked_softmax(scores, torch.cat([empty, later], -1), groups)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from confidantd.engine.backends.registry import load_backend, plugin_names
 from confidantd.errors import NoDeviceError
 from tests.component.backend_contract import CHECKS, run_checks, write_programs
+from tests.openvino_backend import need_openvino
 from tests.webgpu_environment import need_webgpu
 
 BACKENDS = sorted({"cpu", "openvino", "webgpu", *plugin_names()})
@@ -32,8 +32,8 @@ def outcomes(name: str, folder: Path) -> dict[str, str | None]:
             "tests.component.backend_contract", name, str(folder)
         )
         return found
-    if name.startswith("openvino") and not importlib.util.find_spec("onnxruntime_ep_openvino"):
-        pytest.skip("onnxruntime-ep-openvino is not installed (there are x86-64 wheels only)")
+    if name == "openvino":
+        need_openvino()
     try:
         load_backend(name).probe()
     except NoDeviceError as failure:

@@ -18,6 +18,7 @@ from confidantd.engine.backends.cpu import CpuBackend
 from confidantd.models.spec import LoraSpec
 from tests.component.engine_models import make_model, save_model
 from tests.component.split_support import SplitModel, largest_error
+from tests.openvino_backend import need_openvino
 
 TOLERANCE = 1e-5  # relative to a tensor's largest element
 # The requests that other tests use too, so that whole blocks are compiled once.
@@ -29,15 +30,7 @@ CASES = {
 }
 
 
-def openvino() -> Backend:
-    """The OpenVINO plugin's backend, where it is installed."""
-    pytest.importorskip("onnxruntime_ep_openvino")
-    plugin = pytest.importorskip("confidantd_openvino")
-    backend: Backend = plugin.backend()
-    return backend
-
-
-SECONDS: dict[str, Callable[[], Backend]] = {"cpu": CpuBackend, "openvino": openvino}
+SECONDS: dict[str, Callable[[], Backend]] = {"cpu": CpuBackend, "openvino": need_openvino}
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests import faulty_backend, reference
 from tests.e2e.devices import Device, running, wait_until
 from tests.e2e.small_models import TEXT, Small, byte_tokenizer
+from tests.openvino_backend import need_openvino
 
 STEPS, BATCH, LENGTH, RATE = 20, 4, 64, 1e-3
 LOSS_TOLERANCE = 1e-4  # relative, each step
@@ -106,7 +107,7 @@ def notices(events: list[dict[str, Any]], code: str) -> list[str]:
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_cpu_and_openvino_beside_cpu_only(small: Small, tmp_path: Path, method: str) -> None:
-    pytest.importorskip("onnxruntime_ep_openvino")
+    need_openvino()
     adapter = small.make_adapter(tmp_path / "adapter") if method == "lora" else None
     options = ["--method", method]
     if adapter is not None:

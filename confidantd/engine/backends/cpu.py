@@ -23,7 +23,12 @@ PROVIDER = "CPUExecutionProvider"
 # Makes a Transpose and a MatMul one FusedMatMul, which MLAS multiplies 12 to 18 % slower.
 DISABLED_OPTIMIZERS = ["MatmulTransposeFusion"]
 # The file is sound, but this release has no such operator, or not for these types.
-_UNSUPPORTED = ("No Op registered", "is not a registered function", "Could not find an impl")
+_UNSUPPORTED = (
+    "No Op registered",
+    "is not a registered function",
+    "Could not find an impl",
+    "Exception during initialization",
+)
 
 
 class CpuBackend:

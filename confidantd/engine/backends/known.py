@@ -42,7 +42,7 @@ class KnownPlugin:
 PLUGINS = (
     KnownPlugin(
         "openvino",
-        "Intel processors, graphics and NPUs",
+        "x86-64 processors, Intel graphics and NPUs",
         frozenset({"linux", "win32"}),
         frozenset(_INTEL),
     ),

@@ -20,8 +20,9 @@ from confidantd.engine.backends.base import (
     provider_options,
 )
 from confidantd.engine.matmul_model import matmul_model
-from confidantd.errors import BackendError
+from confidantd.errors import BackendError, NoDeviceError
 
+_NOTHING_TAKEN = "assigned to the default CPU EP"
 Options = Callable[[SessionSetting], Mapping[str, str]]
 
 
@@ -62,11 +63,20 @@ class ProviderBackend:
         self._broken_hint = broken_hint
 
     def probe(self) -> Probe:
-        """Opens a small session: a build lists its providers even where no driver is."""
+        """Opens a small session: a build lists its providers even where no driver is.
+
+        NoDeviceError where the provider takes nothing of it, not even a matrix product.
+        """
         with tempfile.TemporaryDirectory() as folder:
             program = Path(folder) / "probe.onnx"
             program.write_bytes(matmul_model())
-            self.session(program, SessionSetting())
+            try:
+                self.session(program, SessionSetting())
+            except BackendError as failure:
+                if _NOTHING_TAKEN not in failure.message:
+                    raise
+                message = f"{self._provider.name} finds no {self._kind.upper()} here"
+                raise NoDeviceError(message, failure.hint) from None
         return Probe(onnxruntime.__version__, (BackendDevice(self._device(), self._kind),))
 
     def session(self, program: Path, setting: SessionSetting) -> onnxruntime.InferenceSession:
