@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -99,16 +100,14 @@ class BlockCase:
 
     def fused(self, team: Team, name: str) -> Run:
         """Forward and backward of the whole block on one backend's own thread."""
-        made: list[FusedBlocks] = []
 
-        def run() -> None:
-            if not made:  # a session must be made where it runs, to stay on that core
-                programs = team.parts(name)
-                made.append(FusedBlocks({n: programs.get(n) for n in FusedBlocks.PROGRAMS}))
-            self.bench.time(made[0])
+        @functools.cache
+        def make() -> FusedBlocks:  # where it runs, to stay on that core
+            programs = team.parts(name)
+            return FusedBlocks({n: programs.get(n) for n in FusedBlocks.PROGRAMS})
 
         thread = team.thread(name)
-        return lambda: thread.start(run).result()
+        return lambda: thread.start(make, self.bench.time).result()
 
     def whole(self, blocks: SplitBlocks) -> Run:
         """Forward and backward of the block."""

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quiet import Quiet
+from confidantd.config import Split
 from confidantd.engine.backends.base import Backend
 from confidantd.engine.tensors import Reader, tensor_from_file
 from confidantd.engine.train_stage import TrainStage
 from confidantd.models.folder import ModelFolder, read_model
 from confidantd.models.spec import Form, LoraSpec
-from confidantd.wire.stage import Split, StageSpec
+from confidantd.wire.stage import StageSpec
 
 ROWS, LENGTH = 4, 128
 RATE, MOST_NORM = 2e-5, 1.0

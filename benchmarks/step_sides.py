@@ -15,10 +15,10 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.block_sides import LORA, llama_config, make_model
 from benchmarks.engine_step import LENGTH, MOST_NORM, RATE, ROWS, EngineStep
+from confidantd.config import Split
 from confidantd.engine.backends.base import Backend
 from confidantd.models.folder import ModelFolder
 from confidantd.models.spec import LoraSpec, Method, ProgramRequest
-from confidantd.wire.stage import Split
 from tests.programs import programs_for
 
 

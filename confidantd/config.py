@@ -19,6 +19,7 @@ from confidantd.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "CONFIDANT_"
 CONFIG_NAME = "config.toml"
+# Whether backends share blocks: where it is faster, always, or never.
 Split = Literal["auto", "always", "never"]
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MAX_NAME_CHARACTERS = 64

@@ -23,6 +23,7 @@ class FaultyBackend:
     """Behaves as `MODE` says."""
 
     name = NAME
+    kind = "cpu"
     shares_host_memory = False
 
     def __init__(self) -> None:

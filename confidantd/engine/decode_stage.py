@@ -8,6 +8,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from confidantd.config import Split
 from confidantd.engine.backends.base import Backend
 from confidantd.engine.decode_blocks import BLOCK_PROGRAM, DecodeRunner, FusedDecode, position
 from confidantd.engine.kv_cache import SequenceCache
@@ -20,7 +21,7 @@ from confidantd.engine.tensors import Floats, Reader, load
 from confidantd.engine.trained_weights import Group
 from confidantd.errors import WorkerError
 from confidantd.models.tensors import block_sources, embedding_sources, head_sources
-from confidantd.wire.stage import Split, StageSpec
+from confidantd.wire.stage import StageSpec
 
 Weights = dict[str, Floats]
 

@@ -130,7 +130,7 @@ def _manifest(path: Path, session: onnxruntime.InferenceSession) -> dict[str, An
 @functools.cache
 def free_dimensions(path: Path) -> frozenset[str]:
     """Names of the sizes that a program leaves open."""
-    manifest = _manifest(path, CpuBackend().session(path, SessionSetting()))
+    manifest = _manifest(path, CpuBackend().session(path, SessionSetting(optimize=False)))
     ports = [*manifest["inputs"], *manifest["outputs"]]
     return frozenset(size for port in ports for size in port["shape"] if isinstance(size, str))
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from confidantd.config import Split
 from confidantd.engine.adamw import Step
 from confidantd.engine.backends.base import Backend
 from confidantd.engine.blocks import BlockRunner, FusedBlocks, Saved
@@ -22,11 +23,12 @@ from confidantd.engine.tensors import Floats, Reader
 from confidantd.engine.trained_weights import StageWeights
 from confidantd.errors import WorkerError
 from confidantd.models.parts import ROWS
-from confidantd.wire.stage import Split, StageSpec
+from confidantd.wire.stage import StageSpec
 
 Array = NDArray[Any]
 IGNORED_LABEL = -100
 BLOCK_PROGRAMS = {"block_forward", "block_recompute", "block_backward"}
+HEAD_PROGRAMS = {"head_loss", "head_backward"}
 
 
 @dataclass(slots=True)
@@ -45,8 +47,9 @@ class TrainStage:
 
     B rows, S tokens, D hidden, V vocabulary; ids and labels are int64 [B, S], hidden
     states float32 [B, S, D]. `read` gives checkpoint tensors by Hugging Face name,
-    `read_adapter` the `peft` tensors to start from (None: a fresh adapter). Everything
-    runs on `backend`, the CPU's if there is none, until `schedule` shares out the blocks.
+    `read_adapter` the `peft` tensors to start from (None: a fresh adapter). Blocks and head
+    run on `backend`, the CPU's if there is none, until `schedule` shares them out; the
+    embedding, which only looks up and adds rows, stays on the CPU.
     """
 
     def __init__(
@@ -60,9 +63,13 @@ class TrainStage:
     ) -> None:
         self._spec = spec
         self._paths, self._threads = programs, threads
-        self._programs = load_programs(
-            programs, _needed(spec), threads, backend, {ROWS: spec.microbatch_size}
-        )
+        sizes = {ROWS: spec.microbatch_size}
+        self._programs = {
+            **load_programs(programs, _embedding(spec), threads),
+            **load_programs(
+                programs, HEAD_PROGRAMS if spec.head else set(), threads, backend, sizes
+            ),
+        }
         self._team: Team | None = None
         self._split_head: SplitHead | None = None
         self._scheduled: ScheduledBlocks | None = None
@@ -226,12 +233,8 @@ class TrainStage:
         return self._weights.resident_bytes() | {"kept": held}
 
 
-def _needed(spec: StageSpec) -> set[str]:
-    """Names of the programs that a stage runs at the model's ends."""
-    names: set[str] = set()
-    if spec.embedding:
-        names |= {"embedding_forward"}
-        names |= {"embedding_backward"} if spec.training == "full" else set()
-    if spec.head:
-        names |= {"head_loss", "head_backward"}
-    return names
+def _embedding(spec: StageSpec) -> set[str]:
+    """Names of the embedding's programs that a stage runs."""
+    if not spec.embedding:
+        return set()
+    return {"embedding_forward"} | ({"embedding_backward"} if spec.training == "full" else set())

@@ -60,11 +60,9 @@ def plan_workload(request: PlanRequest) -> Workload:
 
 def program_request(request: PlanRequest) -> ProgramRequest:
     """The programs that a plan's stages run."""
-    if request.method is None:
-        return ProgramRequest(request.model, "generate")
     rows = request.batch_size // request.microbatches
-    return ProgramRequest(
-        request.model, "train", request.method, request.lora, rows, request.sequence_length
+    return ProgramRequest.of(
+        request.model, request.method, request.lora, rows, request.sequence_length
     )
 
 

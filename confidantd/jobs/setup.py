@@ -68,17 +68,9 @@ class Workload:
         )
 
     def program_request(self) -> ProgramRequest:
-        """What the compiler needs to know. Adapters are merged for generation, so it needs none."""
-        if self.method is None:
-            return ProgramRequest(self.spec, "generate")
-        return ProgramRequest(
-            self.spec,
-            "train",
-            self.method,
-            self.lora,
-            self.batch_size // self.microbatches,
-            self.sequence_length,
-        )
+        """What the compiler needs to know."""
+        rows = self.batch_size // self.microbatches
+        return ProgramRequest.of(self.spec, self.method, self.lora, rows, self.sequence_length)
 
 
 def train_workload(options: TrainOptions | PlanOptions) -> Workload:

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from confidantd.config import Split
 from confidantd.ids import digest_of
 from confidantd.models.programs import request_key
 from confidantd.models.spec import Form, ProgramRequest
 from confidantd.planner.split_choice import choose_block, from_json, shares_of
 from confidantd.profile.providers import Provider, present_names
 from confidantd.wire.jobs import BackendsAnswer
-from confidantd.wire.stage import BackendShare, Split, StageSpec
+from confidantd.wire.stage import BackendShare, StageSpec
 
 
 class Splits:
@@ -58,13 +59,5 @@ class Splits:
 
 def program_request(spec: StageSpec) -> ProgramRequest:
     """The programs that a stage's blocks are run by."""
-    if spec.training is None:
-        return ProgramRequest(spec.model, "generate")
-    return ProgramRequest(
-        spec.model,
-        "train",
-        spec.training,
-        spec.lora,
-        spec.microbatch_size,
-        spec.sequence_length,
-    )
+    rows, length = spec.microbatch_size, spec.sequence_length
+    return ProgramRequest.of(spec.model, spec.training, spec.lora, rows, length)

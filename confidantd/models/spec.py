@@ -92,3 +92,12 @@ class ProgramRequest:
     microbatch_size: int = 1
     sequence_length: int = 1
     split: bool = False
+
+    @classmethod
+    def of(
+        cls, model: ModelSpec, method: Method | None, lora: LoraSpec | None, rows: int, length: int
+    ) -> ProgramRequest:
+        """For training by a method, or for generation without one: an adapter is merged then."""
+        if method is None:
+            return cls(model, "generate")
+        return cls(model, "train", method, lora, rows, length)

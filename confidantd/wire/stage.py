@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from confidantd.ids import DeviceId, Digest, JobId
 from confidantd.models.spec import Form, LoraSpec, Method, ModelSpec
-
-Split = Literal["auto", "always", "never"]
 
 
 @dataclass(frozen=True, slots=True)

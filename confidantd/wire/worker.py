@@ -11,10 +11,11 @@ import struct
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_args
 
+from confidantd.config import Split
 from confidantd.errors import ProtocolError
 from confidantd.ids import DeviceId, Digest
 from confidantd.wire.codec import from_map, pack, to_map, unpack
-from confidantd.wire.stage import BackendShare, Split, StageAssignment
+from confidantd.wire.stage import BackendShare, StageAssignment
 
 _M = TypeVar("_M")
 LENGTH = struct.Struct(">I")

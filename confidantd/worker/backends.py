@@ -8,6 +8,7 @@ from pathlib import Path
 
 from confidantd.engine.backends.base import Backend
 from confidantd.engine.backends.registry import load_backends
+from confidantd.engine.split.team import LEFT_OUT, left_out_line
 from confidantd.errors import BackendError, StorageError
 from confidantd.store.files import write_atomically
 from confidantd.wire.worker import Event, Measuring, Notice, SplitChosen
@@ -81,6 +82,4 @@ def _works(backend: Backend, report: PipeReport) -> bool:
 
 
 def _left_out(name: str, message: str, report: PipeReport) -> None:
-    report.notice(
-        "backend-left-out", f"{name} is left out and the job goes on without it ({message})"
-    )
+    report.notice(LEFT_OUT, left_out_line(name, message))

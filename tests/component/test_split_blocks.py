@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnxruntime.capi import onnxruntime_pybind11_state as failures
 
-from confidantd.engine.backends.base import Backend, Probe, SessionSetting
+from confidantd.engine.backends.base import Backend, DeviceKind, Probe, SessionSetting
 from confidantd.engine.backends.cpu import CpuBackend
 from confidantd.models.spec import LoraSpec
 from tests.component.engine_models import make_model, save_model
@@ -107,6 +107,7 @@ class Failing:
     """A backend that is the CPU's until its nth run, which fails."""
 
     name = "failing"
+    kind: DeviceKind = "cpu"
     shares_host_memory = False
 
     def __init__(self, good_runs: int, reason: str = "the driver is gone") -> None:

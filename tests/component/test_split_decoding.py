@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from confidantd.config import Split
 from confidantd.engine.backends.base import Backend
 from confidantd.engine.backends.cpu import CpuBackend
 from confidantd.engine.decode_stage import DecodeStage
@@ -21,7 +22,6 @@ from confidantd.engine.split.plan import Placement, make_parts
 from confidantd.errors import BackendError
 from confidantd.models.folder import ModelFolder
 from confidantd.models.spec import ProgramRequest
-from confidantd.wire.stage import Split
 from confidantd.wire.worker import SplitChosen
 from tests.component.engine_models import (
     Adapter,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from confidantd.config import Split
 from confidantd.engine.backends.base import Backend
 from confidantd.engine.backends.cpu import CpuBackend
 from confidantd.engine.split.head import SplitHead, Way
@@ -17,7 +18,7 @@ from confidantd.engine.split.team import Team
 from confidantd.engine.trained_weights import Group, StageWeights
 from confidantd.errors import BackendError
 from confidantd.models.spec import ProgramRequest
-from confidantd.wire.stage import Split, StageSpec
+from confidantd.wire.stage import StageSpec
 from confidantd.wire.worker import SplitChosen
 from tests.component.engine_models import ROWS, TOKENS, reader, save_model, stage_specs
 from tests.component.test_split_blocks import Failing

@@ -69,10 +69,14 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class SessionSetting:
-    """How a session shall run; `dimensions` fixes free dimensions by name, which folds more."""
+    """How a session shall run; `dimensions` fixes free dimensions by name, which folds more.
+
+    Without `optimize` it is made faster and runs slower.
+    """
 
     threads: int = 1
     dimensions: Mapping[str, int] = field(default_factory=dict)
+    optimize: bool = True
 
 
 class Backend(Protocol):
@@ -80,11 +84,12 @@ class Backend(Protocol):
 
     Sessions of one backend are made and run by one thread at a time: WebGPU's share a
     command queue, and two that run at once crash. Several backends run at once.
-    `shares_host_memory`: sessions read and write numpy arrays in place, so that a bound
-    input may change between runs.
+    `kind`: what processor it is on. `shares_host_memory`: sessions read and write numpy
+    arrays in place, so that a bound input may change between runs.
     """
 
     name: str
+    kind: DeviceKind
     shares_host_memory: bool
 
     def probe(self) -> Probe:
@@ -102,7 +107,10 @@ def base_options(setting: SessionSetting) -> onnxruntime.SessionOptions:
     options.intra_op_num_threads = setting.threads
     options.inter_op_num_threads = 1
     options.log_severity_level = _FATAL
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = (
+        levels.ORT_ENABLE_ALL if setting.optimize else levels.ORT_DISABLE_ALL
+    )
     # spinning threads starve the other backends, stages and links of a small machine
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     for name, size in setting.dimensions.items():

@@ -12,6 +12,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as failures
 from confidantd.engine.backends.base import (
     LOAD_FAILURES,
     BackendDevice,
+    DeviceKind,
     Probe,
     SessionSetting,
     base_options,
@@ -35,6 +36,7 @@ class CpuBackend:
     """The CPU provider with a share of the cores."""
 
     name = "cpu"
+    kind: DeviceKind = "cpu"
     shares_host_memory = True
 
     def probe(self) -> Probe:
@@ -61,7 +63,7 @@ class CpuBackend:
 
 @functools.cache
 def _share_arena() -> None:
-    """One arena for all sessions of this process, which run one after the other on a thread.
+    """One arena for all sessions of this process: backends that run at once share it, too.
 
     Without an arena, the backward of a block takes an eighth longer (fresh pages for every
     intermediate tensor); with one for each session, each keeps what only one needs at a time.

@@ -59,14 +59,14 @@ class LibraryBackend:
         self.name = name
         self.shares_host_memory = False
         self._library = library
-        self._kind = kind
+        self.kind = kind
         self._options = options
         self._coverage = coverage
         self._absent_hint = absent_hint
 
     def probe(self) -> Probe:
         """Loads the library into this process; raises NoDeviceError if none is there."""
-        devices = tuple(BackendDevice(_device_name(d), self._kind) for d in self._devices())
+        devices = tuple(BackendDevice(_device_name(d), self.kind) for d in self._devices())
         return Probe(importlib.metadata.version(self._library.package), devices)
 
     def session(self, program: Path, setting: SessionSetting) -> onnxruntime.InferenceSession:
@@ -81,7 +81,7 @@ class LibraryBackend:
     def _devices(self) -> list[Any]:
         with _loading:
             _load(self._library)
-        kind = getattr(onnxruntime.OrtHardwareDeviceType, self._kind.upper())
+        kind = getattr(onnxruntime.OrtHardwareDeviceType, self.kind.upper())
         found = [
             device
             for device in onnxruntime.get_ep_devices()
@@ -90,7 +90,7 @@ class LibraryBackend:
         ]
         if not found:
             raise NoDeviceError(
-                f"{self._library.package} finds no {self._kind.upper()} here", self._absent_hint
+                f"{self._library.package} finds no {self.kind.upper()} here", self._absent_hint
             )
         return found
 

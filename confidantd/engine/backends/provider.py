@@ -56,7 +56,7 @@ class ProviderBackend:
         self.name = name
         self.shares_host_memory = False
         self._provider = provider
-        self._kind = kind
+        self.kind = kind
         self._options = options
         self._device = device
         self._coverage = coverage
@@ -75,9 +75,9 @@ class ProviderBackend:
             except BackendError as failure:
                 if _NOTHING_TAKEN not in failure.message:
                     raise
-                message = f"{self._provider.name} finds no {self._kind.upper()} here"
+                message = f"{self._provider.name} finds no {self.kind.upper()} here"
                 raise NoDeviceError(message, failure.hint) from None
-        return Probe(onnxruntime.__version__, (BackendDevice(self._device(), self._kind),))
+        return Probe(onnxruntime.__version__, (BackendDevice(self._device(), self.kind),))
 
     def session(self, program: Path, setting: SessionSetting) -> onnxruntime.InferenceSession:
         """Raises BackendError if the build, the driver or the program does not work."""

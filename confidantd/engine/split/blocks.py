@@ -99,11 +99,10 @@ class Parts:
         into = share.gradient_targets(block) if name.endswith("_backward") else {}
         programs = part.programs
 
-        def work() -> Named:
-            program = programs.get(name, SYMBOLS[unit], share.count)
-            return program.run(feeds, weights, into=into, only=only)
-
-        return part.thread.start(work)
+        return part.thread.start(
+            lambda: programs.get(name, SYMBOLS[unit], share.count),
+            lambda program: program.run(feeds, weights, into=into, only=only),
+        )
 
     def _weights(self, share: Share, block: Group) -> Named:
         """Views of a share's weights, made once: weights change in place."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from confidantd.config import Split
 from confidantd.engine.split.blocks import ATTENTION, MLP, Part
 from confidantd.engine.split.plan import make_parts
 from confidantd.engine.split.profile import placement_of
@@ -11,7 +12,7 @@ from confidantd.engine.split.team import Report, Team
 from confidantd.models.spec import BlockSpec, LoraSpec, ModelSpec
 from confidantd.planner.heads import BlockSplit
 from confidantd.planner.split_choice import BlockProfile, from_json, shares_of
-from confidantd.wire.stage import BackendShare, Split
+from confidantd.wire.stage import BackendShare
 from confidantd.wire.worker import SplitChosen
 
 

@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from confidantd.config import Split
 from confidantd.engine.backends.cpu import CpuBackend
+from confidantd.engine.program import EngineProgram
 from confidantd.engine.split.parts import BackendPrograms
 from confidantd.engine.split.team import Team
 from confidantd.engine.tensors import Floats
@@ -25,7 +27,7 @@ from confidantd.engine.trained_weights import Group
 from confidantd.errors import BackendError
 from confidantd.models.parts import ROWS
 from confidantd.planner.heads import LEAST_GAIN
-from confidantd.wire.stage import Split, StageSpec
+from confidantd.wire.stage import StageSpec
 
 UNIT = "head"
 PROGRAM = f"{UNIT}_backward"
@@ -122,10 +124,14 @@ class SplitHead:
         team = self._team
         if not way.alone:
             programs = team.parts(piece.name)
-            return team.thread(piece.name).start(lambda: _compute(programs, piece, head, targets))
+            return team.thread(piece.name).start(
+                lambda: _program(programs, piece),
+                lambda program: _compute(program, piece, head, targets),
+            )
         done: Future[tuple[Outputs, float]] = Future()
         try:
-            done.set_result((_compute(team.whole(piece.name), piece, head, targets), 0.0))
+            program = _program(team.whole(piece.name), piece)
+            done.set_result((_compute(program, piece, head, targets), 0.0))
         except BackendError as failure:
             done.set_exception(failure)
         return done
@@ -145,7 +151,7 @@ class SplitHead:
             if not again or piece.name == CpuBackend.name:
                 raise
             self._team.leave_out(piece.name, failure)
-            return _compute(self._team.cpu, piece, head, targets)
+            return _compute(_program(self._team.cpu, piece), piece, head, targets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,9 +175,12 @@ def _pieces(way: Way, x: Floats, labels: Array, scale: Array, dx: Floats) -> lis
     return found
 
 
-def _compute(programs: BackendPrograms, piece: Piece, head: Group, targets: Outputs) -> Outputs:
+def _program(programs: BackendPrograms, piece: Piece) -> EngineProgram:
+    return programs.get(PROGRAM, ROWS, len(piece.dx))
+
+
+def _compute(program: EngineProgram, piece: Piece, head: Group, targets: Outputs) -> Outputs:
     """Losses and gradients of one piece."""
-    program = programs.get(PROGRAM, ROWS, len(piece.dx))
     return program.run(piece.feeds, head.weights, into={"dx": piece.dx, **targets})
 
 

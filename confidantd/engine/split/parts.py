@@ -7,17 +7,19 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from confidantd.engine.backends.base import Backend, SessionSetting
+from confidantd.engine.backends.base import Backend, DeviceKind, SessionSetting
 from confidantd.engine.program import EngineProgram, fixed_dimensions
 from confidantd.errors import WorkerError
 
 _T = TypeVar("_T")
+_Made = TypeVar("_Made")
+CORES_TO_SPARE = 4  # for each processor that is not the CPU; with fewer none is set aside
 
 
 class BackendPrograms:
@@ -74,14 +76,19 @@ class BackendThread:
             with contextlib.suppress(OSError):
                 os.sched_setaffinity(0, self.cores)
 
-    def start(self, work: Callable[[], _T]) -> Future[tuple[_T, float]]:
-        """Begin `work`; the result comes with its seconds."""
-        return self._pool.submit(self._timed, work)
+    def start(
+        self, make: Callable[[], _Made], run: Callable[[_Made], _T]
+    ) -> Future[tuple[_T, float]]:
+        """Make what is run, which takes long only the first time, and run it; the result comes
+        with the seconds of the run alone.
+        """
+        return self._pool.submit(self._timed, make, run)
 
-    def _timed(self, work: Callable[[], _T]) -> tuple[_T, float]:
+    def _timed(self, make: Callable[[], _Made], run: Callable[[_Made], _T]) -> tuple[_T, float]:
+        made = make()
         started = time.perf_counter()
         try:
-            found = work()
+            found = run(made)
         finally:
             seconds = time.perf_counter() - started
             self.busy_seconds += seconds
@@ -92,12 +99,40 @@ class BackendThread:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def share_cores(backends: int) -> list[tuple[int, ...]]:
-    """The cores of this process, as evenly as they go over backends; none if they are too few."""
-    if not hasattr(os, "sched_getaffinity"):
-        return [()] * backends
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < backends:
-        return [()] * backends
-    ends = [len(cores) * i // backends for i in range(backends + 1)]
-    return [tuple(cores[a:b]) for a, b in itertools.pairwise(ends)]
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Cores and threads of one backend; without cores it runs wherever it likes."""
+
+    cores: tuple[int, ...]
+    threads: int
+
+
+def places(kinds: Sequence[DeviceKind], threads: int, cores: Sequence[int]) -> list[Place]:
+    """Where backends on processors of these kinds work at the same time.
+
+    Those on the CPU share its cores and threads as evenly as they go. One on another
+    processor needs a thread that feeds it: where there are cores enough, on a core of its
+    own, and else on any.
+    """
+    on_cpu = kinds.count("cpu")
+    feeding = len(kinds) - on_cpu
+    own = feeding if len(cores) >= CORES_TO_SPARE * feeding + on_cpu else 0
+    shared = cores[: len(cores) - own]
+    ends = [len(shared) * i // max(1, on_cpu) for i in range(on_cpu + 1)]
+    pieces = iter([tuple(shared[a:b]) for a, b in itertools.pairwise(ends)])
+    feeders = iter([(core,) for core in cores[len(shared) :]])
+    share = max(1, min(threads, len(shared) or threads) // max(1, on_cpu))
+    fits = len(shared) >= on_cpu
+    found = []
+    for kind in kinds:
+        if kind == "cpu":
+            piece = next(pieces)
+            found.append(Place(piece if fits else (), share))
+        else:
+            found.append(Place(next(feeders, ()), 1))
+    return found
+
+
+def own_cores() -> list[int]:
+    """The cores that this process may use; none where the system does not tell."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []

@@ -8,6 +8,7 @@ changes a number beyond rounding: shares are views of the same weights.
 
 from __future__ import annotations
 
+from confidantd.config import Split
 from confidantd.engine.backends.cpu import CpuBackend
 from confidantd.engine.blocks import BlockRunner, FusedBlocks, Saved
 from confidantd.engine.split.blocks import ATTENTION, MLP, SplitBlocks
@@ -20,7 +21,7 @@ from confidantd.errors import BackendError
 from confidantd.planner.drift import Drift, backward_seconds, rebalance, scaled
 from confidantd.planner.heads import BlockSplit
 from confidantd.planner.split_choice import choose_block, to_json
-from confidantd.wire.stage import Split, StageSpec
+from confidantd.wire.stage import StageSpec
 
 RETRY_STEPS = 100  # after a move, and twice as many after each further one
 

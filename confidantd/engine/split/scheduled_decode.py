@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from confidantd.config import Split
 from confidantd.engine.backends.cpu import CpuBackend
 from confidantd.engine.decode_blocks import BLOCK_PROGRAM, DecodeRunner, FusedDecode
 from confidantd.engine.kv_cache import SequenceCache
@@ -19,7 +20,7 @@ from confidantd.engine.tensors import Floats
 from confidantd.engine.trained_weights import Group
 from confidantd.errors import BackendError
 from confidantd.planner.split_choice import BlockProfile, choose_block, to_json
-from confidantd.wire.stage import Split, StageSpec
+from confidantd.wire.stage import StageSpec
 
 LEAST_BLOCK_SECONDS = 0.0005  # of one position; below this, waking threads costs too much
 

@@ -9,9 +9,17 @@ from typing import Protocol
 from confidantd.engine.backends.base import Backend
 from confidantd.engine.backends.cpu import CpuBackend
 from confidantd.engine.blocks import FusedBlocks
-from confidantd.engine.split.parts import BackendPrograms, BackendThread, share_cores
+from confidantd.engine.split.parts import BackendPrograms, BackendThread, own_cores, places
 from confidantd.errors import BackendError
 from confidantd.wire.worker import SplitChosen
+
+LEFT_OUT = "backend-left-out"
+NO_COUNT = -1  # a size that no program is made for
+
+
+def left_out_line(name: str, reason: str) -> str:
+    """What a person is told about a backend that a job goes on without."""
+    return f"{name} is left out and the job goes on without it ({reason})"
 
 
 class Report(Protocol):
@@ -33,25 +41,24 @@ class Report(Protocol):
 class Team:
     """Backends in order, the CPU's first, each with its programs and a thread.
 
-    `threads` are those of the stage: a backend alone has all of them, together they
-    share them and the cores.
+    `threads` are those of the stage: a backend alone has all of them, together those on
+    the CPU share them and the cores.
     """
 
     def __init__(
         self, backends: Sequence[Backend], paths: Mapping[str, Path], threads: int, report: Report
     ) -> None:
-        share = max(1, threads // len(backends))
-        cores = share_cores(len(backends))
+        found = places([b.kind for b in backends], threads, own_cores())
         self._paths = paths
         self._report = report
         self.cpu = BackendPrograms(CpuBackend(), paths, threads)
         self._whole = {b.name: BackendPrograms(b, paths, threads) for b in backends}
         self._whole[CpuBackend.name] = self.cpu
-        self._parts = {b.name: BackendPrograms(b, paths, share) for b in backends}
-        self._threads = {
-            b.name: BackendThread(b.name, c) for b, c in zip(backends, cores, strict=True)
-        }
+        together = list(zip(backends, found, strict=True))
+        self._parts = {b.name: BackendPrograms(b, paths, p.threads) for b, p in together}
+        self._threads = {b.name: BackendThread(b.name, p.cores) for b, p in together}
         self._fused: dict[str, FusedBlocks] = {}
+        self._ended: dict[str, float] = {}  # busy seconds of whole blocks that were forgotten
         self._taken: dict[str, float] = {}
         self.left_out: list[str] = []
 
@@ -79,6 +86,15 @@ class Team:
             self._fused[name] = FusedBlocks(programs, name)
         return self._fused[name]
 
+    def drop_whole(self, kept: str | None = None) -> None:
+        """Forget the programs of whole blocks, but not those of the backend `kept`."""
+        for name, programs in self._whole.items():
+            if name != kept:
+                programs.drop_all_but({FusedBlocks.UNIT: NO_COUNT})
+                if name in self._fused:
+                    ended = self._fused.pop(name).busy_seconds
+                    self._ended[name] = self._ended.get(name, 0.0) + ended
+
     def can_split(self, program: str) -> bool:
         """Whether there are several backends and the stage was given programs of parts."""
         return len(self.names) > 1 and program in self._paths
@@ -88,16 +104,13 @@ class Team:
         if name in self.left_out:
             return
         self.left_out.append(name)
-        self._report.notice(
-            "backend-left-out",
-            f"{name} is left out and the job goes on without it ({failure.message})",
-        )
+        self._report.notice(LEFT_OUT, left_out_line(name, failure.message))
 
     def take_seconds(self) -> dict[str, float]:
         """Seconds that each backend has computed since the last call, alone and in parts."""
         found = {}
         for name, thread in self._threads.items():
-            total = thread.busy_seconds
+            total = thread.busy_seconds + self._ended.get(name, 0.0)
             if name in self._fused:
                 total += self._fused[name].busy_seconds
             found[name] = total - self._taken.get(name, 0.0)

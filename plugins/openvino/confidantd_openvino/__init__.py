@@ -67,7 +67,7 @@ def _backend(
             kind,
             lambda setting: {**place, **options(setting)},
             device,
-            broken_hint=hint,
+            broken_hint=hint if kind != "cpu" else "",
         )
     return LibraryBackend(name, OPENVINO, kind, options, absent_hint=hint)
 
