@@ -79,14 +79,29 @@ def _embedding_backward(request: ProgramRequest) -> Program:
     return Program("embedding_backward", inputs, outputs, compute, differentiates=True)
 
 
-def next_token_loss(x: Tensor, labels: Tensor, weights: Values, spec: BlockSpec) -> Tensor:
-    """Summed negative log-likelihood (nats) of labels [B, S] one position ahead; scalar."""
-    h = maths.norm(x[:, :-1], "norm", weights, spec)
-    log_probabilities = torch.log_softmax(h @ weights["head.weight"].t(), -1)
-    target = labels[:, 1:]
+def head_logits(x: Tensor, weights: Values, spec: BlockSpec) -> Tensor:
+    """Logits [B, S, V] of hidden states x [B, S, D]."""
+    return maths.norm(x, "norm", weights, spec) @ weights["head.weight"].t()
+
+
+def next_token_loss(logits: Tensor, labels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Of labels [B, S] one position ahead: the summed negative log-likelihood (nats; scalar),
+    and its gradient by the logits [B, S, V], both times `scale`.
+
+    The gradient of a cross-entropy is the softmax less one at the label. The last position
+    has no label; it is computed and does not count, which costs less than a copy of the rest.
+    """
+    none = torch.full_like(labels[:, :1], IGNORED_LABEL)
+    target = torch.cat([labels[:, 1:], none], 1)
     counted = target != IGNORED_LABEL
-    found = log_probabilities.gather(-1, torch.where(counted, target, 0).unsqueeze(-1))
-    return -(found.squeeze(-1) * counted).sum()
+    target = torch.where(counted, target, 0).unsqueeze(-1)
+    weight = counted * scale
+    log_probabilities = torch.log_softmax(logits, -1)
+    found = log_probabilities.gather(-1, target).squeeze(-1) * weight
+    at_label = (torch.arange(logits.shape[-1]) == target).float()
+    gradient = (log_probabilities.exp() - at_label) * weight.unsqueeze(-1)
+    # over one axis: one of OpenVINO's builds cannot sum to a scalar
+    return -found.reshape(1, -1).sum(1).squeeze(0), gradient
 
 
 def _head(request: ProgramRequest) -> tuple[Program, Traced]:
@@ -96,15 +111,15 @@ def _head(request: ProgramRequest) -> tuple[Program, Traced]:
 
     def backward(values: Values) -> Values:
         moving = {name: values[name] for name in ("x", *trained)}
-        loss, vjp = _vjp(
-            lambda m: (
-                values["scale"] * next_token_loss(m["x"], values["labels"], {**values, **m}, spec)
-            ),
-            moving,
-        )
-        found = vjp(torch.ones_like(loss))
+        logits, vjp = _vjp(lambda m: head_logits(m["x"], {**values, **m}, spec), moving)
+        loss, gradient = next_token_loss(logits, values["labels"], values["scale"])
+        found = vjp(gradient)
         named = {f"gradient.{name}": found[name] for name in trained}
         return {"loss": loss, "dx": found["x"]} | named
+
+    def evaluate(values: Values) -> Values:
+        logits = head_logits(values["x"], values, spec)
+        return {"loss": next_token_loss(logits, values["labels"], torch.ones(()))[0]}
 
     hidden = (ROWS, request.sequence_length, request.model.block.hidden)
     x, weights = Port("x", "activation", hidden), ports(layout)
@@ -116,7 +131,7 @@ def _head(request: ProgramRequest) -> tuple[Program, Traced]:
             "head_loss",
             (x, labels, *weights),
             (loss,),
-            lambda v: {"loss": next_token_loss(v["x"], v["labels"], v, spec)},
+            evaluate,
         ),
         whole_program(
             "head_backward",
