@@ -17,22 +17,27 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.block_sides import LORA, BlockCase, TorchBlock
 from benchmarks.engine_step import LENGTH, ROWS
 from benchmarks.quiet import Quiet
 from benchmarks.report import Claim, parser, report
 from benchmarks.split_picture import draw
-from benchmarks.split_shapes import TORCH_CORE, Shape, SplitBench, two_backends
+from benchmarks.split_shapes import TORCH_CORE, Shape, SplitBench, scheduled, two_backends
 from benchmarks.step_sides import TorchStep, engine_step, step_model, step_programs
 from benchmarks.windows import Side, interleave
 from confidantd.engine.backends.base import Backend
 from confidantd.engine.split.team import Team
-from confidantd.models.saved import saved_floats
+from confidantd.jobs.plan_inputs import plan_workload
 from confidantd.models.spec import LoraSpec
+from confidantd.planner.memory import stage_memory
+from confidantd.wire.jobs import PlanRequest
 
 LAYERS = {768: 12, 2048: 2}  # of the training steps
-VOCABULARY = 32_000
+SMALL = (128, 256, 384)  # of blocks for which the scheduler is asked
+VOCABULARIES = {768: 32_000, 2048: 4_000}  # four engines of the wide one must fit into memory
+ROUNDS = 8
 WINDOW_SECONDS = 0.5
 REACH = {"attention": 0.90, "block": 0.85, "step": 0.85}
 LEAST_GAIN, MOST_MISS = 0.98, 0.15
@@ -52,14 +57,15 @@ def together(backends: Sequence[Backend], hidden: int, rounds: int) -> Iterator[
 def step_together(backends: Sequence[Backend], hidden: int, rounds: int, block: Shape) -> Shape:
     """A training step split over both, on each alone with the other core busy, and by torch."""
     layers = LAYERS[hidden]
-    with step_model(hidden, layers, VOCABULARY) as model:
+    vocabulary = VOCABULARIES[hidden]
+    with step_model(hidden, layers, vocabulary) as model:
         split = engine_step(model, backends, split="always")
         alone = [engine_step(model, [backend]) for backend in backends]
         sides = {
             "split": Side(split.run),
             "alone": Side(alone[0].run, 0, alone[1].run, 1),
             "torch": Side(
-                TorchStep(hidden, layers, VOCABULARY, lora=False).run, TORCH_CORE, alone[1].run, 1
+                TorchStep(hidden, layers, vocabulary, lora=False).run, TORCH_CORE, alone[1].run, 1
             ),
         }
         interleave(sides, max(3, rounds // 2), 2 * WINDOW_SECONDS)
@@ -72,8 +78,30 @@ def step_together(backends: Sequence[Backend], hidden: int, rounds: int, block: 
     )  # fmt: skip
 
 
+def answers(shapes: Sequence[Shape]) -> Iterator[Claim]:
+    """What the scheduler answers at small shapes is not slower than the best backend alone."""
+    for shape in shapes:
+        shares = ", ".join(f"{name} {h} heads" for name, (h, _) in shape.shares.items())
+        times = ", ".join(f"{n} {1e3 * s:.2f}" for n, s in shape.single_seconds.items())
+        detail = f"{shares}: {1e3 * shape.split_seconds:.2f} ms; alone: {times}"
+        yield Claim(f"{shape.name}: times the best single backend", shape.gain, LEAST_GAIN, "x",
+                    detail, at_most=False)  # fmt: skip
+
+
+def prediction(shapes: Sequence[Shape]) -> Claim:
+    """Predicted time of the chosen way against the measured one."""
+    misses = {
+        s.name: abs(s.predicted_seconds / s.split_seconds - 1)
+        for s in shapes
+        if s.predicted_seconds is not None
+    }
+    listed = ", ".join(f"{name} {100 * miss:.0f} %" for name, miss in misses.items())
+    return Claim("predicted time of the chosen split, median miss",
+                 statistics.median(misses.values()), MOST_MISS, "", listed)  # fmt: skip
+
+
 def split_claims(shapes: Sequence[Shape]) -> Iterator[Claim]:
-    """Gains against the ideal, the best single backend and torch; and the predictions."""
+    """Gains against the ideal, the best single backend and torch."""
     for shape in shapes:
         times = ", ".join(f"{n} {1e3 * s:.0f}" for n, s in shape.single_seconds.items())
         detail = (
@@ -81,6 +109,9 @@ def split_claims(shapes: Sequence[Shape]) -> Iterator[Claim]:
             f"torch {1e3 * shape.torch_seconds:.0f}; ideal {shape.ideal:.2f}x"
         )
         share = shape.gain / shape.ideal
+        if shape.half_shares:
+            forward, backward = shape.half_shares
+            detail += f"; share in forward {forward:.2f}, in backward {backward:.2f}"
         yield Claim(f"{shape.name}: share of the ideal gain", share, REACH[shape.unit], "",
                     detail, at_most=False)  # fmt: skip
         yield Claim(f"{shape.name}: times the best single backend", shape.gain, LEAST_GAIN, "x",
@@ -88,14 +119,6 @@ def split_claims(shapes: Sequence[Shape]) -> Iterator[Claim]:
         yield Claim(f"{shape.name}: times torch eager, one thread",
                     shape.torch_seconds / shape.split_seconds, 1.0, "x",
                     at_most=False)  # fmt: skip
-    misses = {
-        s.name: abs(s.predicted_seconds / s.split_seconds - 1)
-        for s in shapes
-        if s.predicted_seconds is not None
-    }
-    listed = ", ".join(f"{name} {100 * miss:.0f} %" for name, miss in misses.items())
-    yield Claim("predicted time of the chosen split, median miss",
-                statistics.median(misses.values()), MOST_MISS, "", listed)  # fmt: skip
 
 
 def alone(backends: Sequence[Backend], rounds: int) -> Iterator[Claim]:
@@ -114,10 +137,9 @@ def alone(backends: Sequence[Backend], rounds: int) -> Iterator[Claim]:
                         cpu_reach, "x", detail, at_most=False)  # fmt: skip
             yield Claim(f"{unit} of 134M, {method}: best provider, times torch", best,
                         best_reach, "x", at_most=False)  # fmt: skip
-            if "recompute" in seconds:
-                yield Claim(f"{unit}, {method}: recompute form, times saved form",
-                            seconds["cpu"] / seconds["recompute"], RECOMPUTE_REACH, "x",
-                            at_most=False)  # fmt: skip
+            yield Claim(f"{unit}, {method}: recompute form, times saved form",
+                        seconds["cpu"] / seconds["recompute"], RECOMPUTE_REACH, "x",
+                        at_most=False)  # fmt: skip
 
 
 def block_sides(backends: Sequence[Backend], lora: LoraSpec | None, rounds: int) -> dict[str, Side]:
@@ -136,11 +158,13 @@ def block_sides(backends: Sequence[Backend], lora: LoraSpec | None, rounds: int)
 
 def step_sides(backends: Sequence[Backend], lora: LoraSpec | None, rounds: int) -> dict[str, Side]:
     """One training step of the 134M model, timed in turns."""
-    with step_model(768, LAYERS[768], VOCABULARY) as model:
-        reference = TorchStep(768, LAYERS[768], VOCABULARY, lora=lora is not None)
+    with step_model(768, LAYERS[768], VOCABULARIES[768]) as model:
+        reference = TorchStep(768, LAYERS[768], VOCABULARIES[768], lora=lora is not None)
         sides = {"torch": Side(reference.run)}
         for backend in backends:
             sides[backend.name] = Side(engine_step(model, [backend], lora=lora).run)
+        again = engine_step(model, backends[:1], lora=lora, form="recompute")
+        sides["recompute"] = Side(again.run)
         interleave(sides, max(3, rounds // 2), 2 * WINDOW_SECONDS)
     return sides
 
@@ -148,8 +172,11 @@ def step_sides(backends: Sequence[Backend], lora: LoraSpec | None, rounds: int) 
 def memory() -> Claim:
     """Peak memory of a process in each form against what the memory model says."""
     layers = LAYERS[768]
-    with step_model(768, layers, VOCABULARY) as model:
-        floats = saved_floats(model.spec, None, ROWS, LENGTH)
+    with step_model(768, layers, VOCABULARIES[768]) as model:
+        request = PlanRequest(
+            "benchmark", 0, "", model.spec, "train", "full", None, ROWS, 1, LENGTH, ()
+        )
+        work = plan_workload(request)
         programs = [f"{name}={path}" for name, path in step_programs(model, None).items()]
         peaks = {}
         for form in ("saved", "recompute"):
@@ -158,8 +185,11 @@ def memory() -> Claim:
                 [*command, *programs], capture_output=True, text=True, check=True
             )
             peaks[form] = int(done.stdout.split()[-1])
-    middle = ROWS * LENGTH * 768  # what the recompute form keeps of each block, too
-    said = 4 * (layers * (floats - middle) - floats)  # and all of one block at a time
+    ends = {"embedding": True, "head": True, "stage": 0, "stages": 1}
+    saved, recompute = (
+        stage_memory(work, layers, form=form, **ends).total for form in ("saved", "recompute")
+    )
+    said = saved - recompute
     more = peaks["saved"] - peaks["recompute"]
     detail = f"measured {more / 1e6:.0f} MB more, the memory model says {said / 1e6:.0f} MB"
     return Claim("saved form's extra memory, miss of the model", abs(more / said - 1),
@@ -172,22 +202,42 @@ def _options() -> argparse.Namespace:
     return made.parse_args()
 
 
+def claims(backends: Sequence[Backend], *, quick: bool, picture: Path | None) -> Iterator[Claim]:
+    """All claims; with `quick` only one width, and no training steps beside it."""
+    shapes: list[Shape] = []
+    for shape in measured(backends, quick=quick):
+        shapes.append(shape)
+        yield from split_claims([shape])
+    if picture is not None:
+        picture.write_text(draw(shapes))
+    if quick:
+        yield prediction(shapes)
+        return
+    small = [scheduled(hidden, backends, ROUNDS, WINDOW_SECONDS) for hidden in SMALL]
+    yield from answers(small)
+    yield prediction([*shapes, *small])
+    yield from alone(backends, ROUNDS)
+    yield memory()
+
+
+def measured(backends: Sequence[Backend], *, quick: bool) -> Iterator[Shape]:
+    """The split of every width beside each backend alone."""
+    if quick:
+        bench = SplitBench(768, backends)
+        yield from bench.shapes(3, WINDOW_SECONDS)
+        bench.close()
+        return
+    for hidden in LAYERS:
+        yield from together(backends, hidden, ROUNDS)
+
+
 def main() -> int:
-    """All claims; with `--quick` only one width, and no training steps beside it."""
+    """Prints the claims as they are measured."""
     chosen = _options()
     torch.set_num_threads(1)
-    backends = two_backends()
-    if chosen.quick:
-        bench = SplitBench(768, backends)
-        shapes = list(bench.shapes(3, WINDOW_SECONDS))
-        bench.close()
-        claims = [*split_claims(shapes)]
-    else:
-        shapes = [s for hidden in LAYERS for s in together(backends, hidden, 8)]
-        claims = [*split_claims(shapes), *alone(backends, 8), memory()]
-    if chosen.picture is not None:
-        chosen.picture.write_text(draw(shapes))
-    return report(claims, as_json=chosen.json)
+    disable_progress_bar()
+    found = claims(two_backends(), quick=chosen.quick, picture=chosen.picture)
+    return report(found, as_json=chosen.json)
 
 
 if __name__ == "__main__":

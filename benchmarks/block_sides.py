@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,9 @@ from tests.programs import programs_for
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 LORA = LoraSpec(8, 16.0, ATTENTION_TARGETS)
 CONFIGS: Mapping[int, Mapping[str, int]] = {
+    128: {"intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2},
+    256: {"intermediate_size": 704, "num_attention_heads": 8, "num_key_value_heads": 4},
+    384: {"intermediate_size": 1024, "num_attention_heads": 6, "num_key_value_heads": 6},
     768: {"intermediate_size": 2048, "num_attention_heads": 12, "num_key_value_heads": 12},
     2048: {"intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4},
 }
@@ -37,7 +41,7 @@ Run = Callable[[], object]
 
 
 def llama_config(hidden: int, layers: int, vocabulary: int) -> LlamaConfig:
-    """The 134M model's shape (768 wide) or TinyLlama's (2048 wide)."""
+    """The 134M model's shape (768 wide), TinyLlama's (2048 wide), or a smaller one's."""
     return LlamaConfig(
         hidden_size=hidden,
         num_hidden_layers=layers,
@@ -107,22 +111,26 @@ class BlockCase:
             return FusedBlocks({n: programs.get(n) for n in FusedBlocks.PROGRAMS})
 
         thread = team.thread(name)
-        return lambda: thread.start(make, self.bench.time).result()
+        return lambda: thread.start(make, self.bench.time).result()[0]
 
     def whole(self, blocks: SplitBlocks) -> Run:
         """Forward and backward of the block."""
         return lambda: self.bench.time(blocks)
 
     def attention(self, blocks: SplitBlocks) -> Run:
-        """Forward and backward of the attention alone."""
+        """Forward and backward of the attention alone; gives the seconds of both."""
         bench = self.bench
 
-        def run() -> None:
+        def run() -> tuple[float, float]:
+            started = time.perf_counter()
             _, kept = blocks.unit_forward(ATTENTION, bench.x, bench.block, keep=True)
+            between = time.perf_counter()
             saved = Saved({ATTENTION: kept})
             blocks.unit_backward(ATTENTION, bench.dy, bench.x, saved, bench.block)
+            ended = time.perf_counter()
             for trained in bench.block.trained.values():
                 trained.clear()
+            return between - started, ended - between
 
         return run
 

@@ -32,6 +32,10 @@ class Forgetful:
     def write(self, data: bytes) -> None:
         """Dropped."""
 
+    def of_head(self) -> Forgetful:
+        """The same."""
+        return self
+
 
 def tensors_of(model: ModelFolder) -> Reader:
     """Reads a model's tensors from where they lie."""

@@ -10,6 +10,9 @@ from confidantd.wire.worker import SplitChosen
 class Quiet:
     """Hears what the backends say; only failures are shown."""
 
+    def __init__(self) -> None:
+        self.split: SplitChosen | None = None  # the last one
+
     def notice(self, code: str, message: str) -> None:
         """On standard error."""
         print(f"{code}: {message}", file=sys.stderr)
@@ -20,4 +23,5 @@ class Quiet:
             print(f"\rmeasuring {done}/{of} ", end="", file=sys.stderr)
 
     def chosen(self, split: SplitChosen) -> None:
-        """Not asked for here."""
+        """Kept."""
+        self.split = split

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 
@@ -38,20 +39,23 @@ def options(description: str) -> argparse.Namespace:
     return parser(description).parse_args()
 
 
-def report(claims: list[Claim], *, as_json: bool) -> int:
-    """Print the claims; gives the exit status."""
+def report(claims: Iterable[Claim], *, as_json: bool) -> int:
+    """Print each claim as soon as it is measured; gives the exit status."""
+    all_hold = True
     for claim in claims:
+        all_hold = all_hold and claim.holds
         if as_json:
             fields = asdict(claim)
             del fields["at_most"]
-            print(json.dumps({**fields, "holds": claim.holds}))
+            print(json.dumps({**fields, "holds": claim.holds}), flush=True)
         else:
             sign = "<=" if claim.at_most else ">="
             verdict = "holds" if claim.holds else "FAILS"
             print(
                 f"{verdict}  {claim.claim}: {claim.value:.4g} {claim.unit} "
-                f"({sign} {claim.reach:g})  {claim.detail}"
+                f"({sign} {claim.reach:g})  {claim.detail}",
+                flush=True,
             )
     if not as_json:
         print(f"machine: {platform.machine()}, Python {platform.python_version()}")
-    return 0 if all(claim.holds for claim in claims) else 1
+    return 0 if all_hold else 1

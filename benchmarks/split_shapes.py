@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from benchmarks.block_sides import BlockCase, TorchBlock
+from benchmarks.engine_step import Forgetful
 from benchmarks.quiet import Quiet
-from benchmarks.windows import Side, interleave
+from benchmarks.windows import Side, interleave, medians
 from confidantd.engine.backends.base import Backend
 from confidantd.engine.backends.cpu import CpuBackend
 from confidantd.engine.backends.registry import load_backends
 from confidantd.engine.split.blocks import ATTENTION, MLP
 from confidantd.engine.split.plan import Placement
 from confidantd.engine.split.profile import measure_together, placement_of
+from confidantd.engine.split.scheduled import ScheduledBlocks
 from confidantd.engine.split.team import Team
 from confidantd.errors import BackendError
 from confidantd.planner.heads import best_split, tiles
@@ -45,6 +48,8 @@ class Shape:
     torch_seconds: float
     predicted_seconds: float | None
     shares: dict[str, tuple[int, int]]  # heads and columns by backend
+    split_halves: tuple[float, ...] = ()  # seconds of forward and backward
+    single_halves: tuple[tuple[float, ...], ...] = ()  # of each backend
 
     @property
     def name(self) -> str:
@@ -65,6 +70,15 @@ class Shape:
     def ideal(self) -> float:
         """Both rates together over the better one."""
         return sum(self.best_single / seconds for seconds in self.single_seconds.values())
+
+    @property
+    def half_shares(self) -> tuple[float, ...]:
+        """Share of the ideal gain in forward and in backward, each for itself."""
+        singles = zip(*self.single_halves, strict=True)
+        return tuple(
+            1 / (split * sum(1 / single for single in both))
+            for split, both in zip(self.split_halves, singles, strict=True)
+        )
 
 
 class SplitBench:
@@ -141,8 +155,34 @@ class SplitBench:
         single = dict(zip(self.team.names, (alone.median, alone.companion_median), strict=True))
         torch_seconds = sides["torch"].median
         split = sides["split"].median
-        return Shape(self.hidden, unit, split, single, torch_seconds, predicted, self.shares())
+        halves = (medians(alone.halves), medians(alone.companion_halves))
+        return Shape(
+            self.hidden, unit, split, single, torch_seconds, predicted, self.shares(),
+            medians(sides["split"].halves), halves,
+        )  # fmt: skip
 
     def close(self) -> None:
         """End the backends' threads."""
         self.team.close()
+
+
+def scheduled(hidden: int, backends: Sequence[Backend], rounds: int, seconds: float) -> Shape:
+    """A block the way the scheduler answers, which may be one backend alone, and each alone."""
+    case = BlockCase.make(hidden)
+    bench, heard = case.bench, Quiet()
+    team = Team(backends, case.programs, 1, heard)
+    blocks = ScheduledBlocks(bench.spec, bench.block, team, Forgetful(), heard)
+    single = Team(backends, case.programs, 1, heard)
+    alone = {name: single.fused(name) for name in single.names}
+    sides = {"split": Side(lambda: bench.time(blocks))}
+    for name, runner in alone.items():
+        sides[name] = Side(functools.partial(bench.time, runner))
+    interleave(sides, rounds, seconds)
+    for each in (team, single):
+        each.close()
+    assert heard.split is not None
+    return Shape(
+        hidden, "scheduled block", sides["split"].median,
+        {name: sides[name].median for name in alone}, 0.0, heard.split.seconds,
+        {share.name: (share.heads, share.columns) for share in heard.split.shares},
+    )  # fmt: skip

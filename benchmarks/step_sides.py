@@ -18,7 +18,7 @@ from benchmarks.engine_step import LENGTH, MOST_NORM, RATE, ROWS, EngineStep
 from confidantd.config import Split
 from confidantd.engine.backends.base import Backend
 from confidantd.models.folder import ModelFolder
-from confidantd.models.spec import LoraSpec, Method, ProgramRequest
+from confidantd.models.spec import Form, LoraSpec, Method, ProgramRequest
 from tests.programs import programs_for
 
 
@@ -28,9 +28,11 @@ def engine_step(
     *,
     lora: LoraSpec | None = None,
     split: Split = "never",
+    form: Form = "saved",
 ) -> EngineStep:
     """Our step over backends, one thread each."""
-    return EngineStep(model.path, step_programs(model, lora), backends, lora=lora, split=split)
+    programs = step_programs(model, lora)
+    return EngineStep(model.path, programs, backends, lora=lora, split=split, form=form)
 
 
 def step_programs(model: ModelFolder, lora: LoraSpec | None) -> dict[str, Path]:

@@ -19,7 +19,10 @@ Run = Callable[[], object]
 
 @dataclass
 class Side:
-    """What is timed, on which core (None: wherever it runs), and who works beside it."""
+    """What is timed, on which core (None: wherever it runs), and who works beside it.
+
+    Runs may give the seconds of their halves, forward and backward.
+    """
 
     run: Run
     core: int | None = None
@@ -27,6 +30,8 @@ class Side:
     companion_core: int | None = None
     seconds: list[float] = field(default_factory=list)
     companion_seconds: list[float] = field(default_factory=list)
+    halves: list[object] = field(default_factory=list)
+    companion_halves: list[object] = field(default_factory=list)
 
     @property
     def median(self) -> float:
@@ -37,6 +42,12 @@ class Side:
     def companion_median(self) -> float:
         """Seconds of one run of the companion."""
         return statistics.median(self.companion_seconds)
+
+
+def medians(halves: list[object]) -> tuple[float, ...]:
+    """Of forward and of backward; nothing where runs gave none."""
+    pairs = [pair for pair in halves if isinstance(pair, tuple)]
+    return tuple(statistics.median(times) for times in zip(*pairs, strict=True))
 
 
 def interleave(sides: Mapping[str, Side], rounds: int, window_seconds: float) -> None:
@@ -64,6 +75,8 @@ def _window(side: Side, seconds: float, *, warm: bool) -> None:
     if warm:
         side.seconds.clear()
         side.companion_seconds.clear()
+        side.halves.clear()
+        side.companion_halves.clear()
 
 
 def _time(side: Side, seconds: float, warm: bool) -> None:
@@ -71,7 +84,7 @@ def _time(side: Side, seconds: float, warm: bool) -> None:
     started = time.perf_counter()
     while True:
         before = time.perf_counter()
-        side.run()
+        side.halves.append(side.run())
         now = time.perf_counter()
         side.seconds.append(now - before)
         if now - started >= seconds and (not warm or len(side.seconds) > 1):
@@ -83,7 +96,7 @@ def _keep_busy(side: Side, over: threading.Event) -> None:
     _pin(side.companion_core)
     while not over.is_set():
         before = time.perf_counter()
-        side.companion()
+        side.companion_halves.append(side.companion())
         side.companion_seconds.append(time.perf_counter() - before)
 
 

@@ -96,7 +96,9 @@ class TrainStage:
             scheduled = ScheduledBlocks(self._spec, first, self._team, memory, report, split)
             self._blocks = self._scheduled = scheduled
             if self._spec.head and len(self._team.names) > 1:
-                self._split_head = SplitHead(self._spec, self._weights.head, self._team, split)
+                self._split_head = SplitHead(
+                    self._spec, self._weights.head, self._team, memory.of_head(), split
+                )
 
     def close(self) -> None:
         """End the backends' threads."""

@@ -58,6 +58,10 @@ class SplitFile:
         except (StorageError, OSError) as failure:
             _log.warning("how backends share blocks is not remembered: %s", failure)
 
+    def of_head(self) -> SplitFile:
+        """A file beside this one."""
+        return SplitFile("" if self._path is None else f"{self._path.with_suffix('')}-head.json")
+
 
 def chosen_backends(names: tuple[str, ...], report: PipeReport) -> list[Backend]:
     """The backends with these names that work here; the CPU's always, and first."""

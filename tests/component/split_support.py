@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +22,50 @@ from confidantd.engine.trained_weights import Group, StageWeights
 from confidantd.errors import BackendError
 from confidantd.models.folder import ModelFolder
 from confidantd.models.spec import LoraSpec, Method, ProgramRequest
+from confidantd.wire.worker import SplitChosen
 from tests.component.engine_models import ROWS, TOKENS, reader, stage_specs
 from tests.programs import programs_for
 
 Floats = NDArray[np.float32]
+
+
+@dataclass
+class Heard:
+    """Everything that a stage reports, and what it remembers."""
+
+    notices: list[str] = field(default_factory=list)
+    chosen_splits: list[SplitChosen] = field(default_factory=list)
+    measured: tuple[int, int] = (0, 0)
+    kept: bytes | None = None
+
+    def notice(self, code: str, message: str) -> None:
+        """What a person is told."""
+        self.notices.append(f"{code}: {message}")
+
+    def measuring(self, done: int, of: int) -> None:
+        """How far it is."""
+        self.measured = (done, of)
+
+    def chosen(self, split: SplitChosen) -> None:
+        """In order."""
+        self.chosen_splits.append(split)
+
+    def read(self) -> bytes | None:
+        """What was written last."""
+        return self.kept
+
+    def write(self, data: bytes) -> None:
+        """Remember."""
+        self.kept = data
+
+    def of_head(self) -> Heard:
+        """Another memory."""
+        return Heard()
+
+    @property
+    def names(self) -> list[list[str]]:
+        """Backends of each choice."""
+        return [[share.name for share in split.shares] for split in self.chosen_splits]
 
 
 @dataclass

@@ -141,6 +141,17 @@ def test_one_that_hangs_does_not_hang_the_others(site: Path) -> None:
     assert by_name["hanging"]["broken"]
 
 
+def test_a_name_that_no_plugin_has_is_reported(site: Path) -> None:
+    """`--backend openvin`: a typing error shall not cost a backend in silence."""
+    install(site, "twin")
+    by_name = {entry["name"]: entry for entry in probe_all(1, wanted=("openvin", "cpu"))}
+    assert by_name["openvin"]["broken"]
+    assert by_name["openvin"]["problem"] == "no plugin brings it"
+    assert by_name["openvin"]["hint"] == "did you mean openvino?"
+    assert not by_name["twin"]["present"]
+    assert by_name["cpu"]["present"]
+
+
 def test_probing_prints_every_provider(site: Path) -> None:
     install(site, "crashing", "twin")
     command = [sys.executable, "-m", "confidantd.engine.backends.probing", "--threads", "1"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from onnxruntime.capi import onnxruntime_pybind11_state as failures
 
 from confidantd.engine.backends.base import Backend, DeviceKind, Probe, SessionSetting
 from confidantd.engine.backends.cpu import CpuBackend
+from confidantd.engine.split.profile import Bench, measure_together
+from confidantd.engine.split.scheduled import ScheduledBlocks
+from confidantd.engine.split.team import Team
 from confidantd.models.spec import LoraSpec
 from tests.component.engine_models import make_model, save_model
-from tests.component.split_support import SplitModel, largest_error
+from tests.component.split_support import Heard, SplitModel, largest_error
 from tests.openvino_backend import need_openvino
 
 TOLERANCE = 1e-5  # relative to a tensor's largest element
@@ -56,46 +60,89 @@ def test_every_split_of_heads(model: SplitModel, second: str) -> None:
             assert largest_error(model.run(split, microbatches=3), added) < TOLERANCE
 
 
+@pytest.mark.parametrize("second", SECONDS)
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
-def test_any_split_of_columns(model: SplitModel, data: st.DataObject) -> None:
+def test_any_split_of_columns(model: SplitModel, second: str, data: st.DataObject) -> None:
+    backends = [CpuBackend(), SECONDS[second](), CpuBackend()]
     block = model.model.spec.block
     first = data.draw(st.integers(0, block.columns))
     second = data.draw(st.integers(0, block.columns - first))
     columns = (first, second, block.columns - first - second)
     groups = (0, block.kv_heads, 0)
     wanted = model.run(model.fused())
-    with model.split([CpuBackend()] * 3, groups, columns) as split:
+    with model.split(backends, groups, columns) as split:
         assert largest_error(model.run(split), wanted) < TOLERANCE
 
 
-def test_the_fused_block_equals_torch(tmp_path: Path) -> None:
-    """Output and every gradient of a Llama block with grouped queries, by `transformers`."""
-    model = SplitModel(save_model("llama", tmp_path))
-    found = model.run(model.fused())
-    reference = make_model("llama")
-    inner: Any = reference.model
-    generator = np.random.default_rng(3)
-    x, dy = (
-        torch.from_numpy(generator.normal(0, 1, found.y.shape).astype(np.float32)) for _ in range(2)
-    )
-    x.requires_grad_()
-    positions = inner.rotary_emb(x, torch.arange(x.shape[1])[None])
+@dataclass(frozen=True)
+class Torch:
+    """A block of `transformers`: its output and gradients by our names, in our layout."""
+
+    y: torch.Tensor
+    dx: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+
+
+def by_torch(kind: str, x: torch.Tensor, dy: torch.Tensor) -> Torch:
+    """Forward and backward of the first block of `make_model(kind)`."""
+    reference: Any = make_model(kind)
     length = x.shape[1]
     later = torch.full((length, length), -1e30).triu(1)[None, None]
-    y = inner.layers[0](x, position_embeddings=positions, attention_mask=later)
+    x.requires_grad_()
+    if kind == "gpt2":
+        layer = reference.transformer.h[0]
+        y = layer(x, attention_mask=later)
+    else:
+        inner = reference.model
+        layer = inner.layers[0]
+        positions = inner.rotary_emb(x, torch.arange(length)[None])
+        y = layer(x, position_embeddings=positions, attention_mask=later)
     y = y[0] if isinstance(y, tuple) else y
     y.backward(dy)
-    assert _error(found.y, y) < TOLERANCE
-    assert _error(found.dx, x.grad) < TOLERANCE
-    attention, mlp = inner.layers[0].self_attn, inner.layers[0].mlp
-    wanted = {
+    assert x.grad is not None
+    return Torch(y, x.grad, _gpt2(layer) if kind == "gpt2" else _llama(layer))
+
+
+def _llama(layer: Any) -> dict[str, torch.Tensor]:
+    attention, mlp = layer.self_attn, layer.mlp
+    modules = {
         "q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj,
         "o": attention.o_proj, "gate": mlp.gate_proj, "up": mlp.up_proj, "down": mlp.down_proj,
+        "norm1": layer.input_layernorm, "norm2": layer.post_attention_layernorm,
     }  # fmt: skip
-    for name, module in wanted.items():
-        gradient = module.weight.grad.T if name in ("o", "down") else module.weight.grad
-        assert _error(found.gradients[f"{name}.weight"], gradient) < TOLERANCE
+    found = {f"{name}.weight": module.weight.grad for name, module in modules.items()}
+    return found | {f"{name}.weight": found[f"{name}.weight"].T for name in ("o", "down")}
+
+
+def _gpt2(layer: Any) -> dict[str, torch.Tensor]:
+    modules = {
+        "qkv": layer.attn.c_attn, "o": layer.attn.c_proj, "up": layer.mlp.c_fc,
+        "down": layer.mlp.c_proj, "norm1": layer.ln_1, "norm2": layer.ln_2,
+    }  # fmt: skip
+    found = {f"{name}.weight": module.weight.grad for name, module in modules.items()}
+    found |= {f"{name}.bias": module.bias.grad for name, module in modules.items()}
+    return found | {f"{name}.weight": found[f"{name}.weight"].T for name in ("qkv", "up")}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_block_equals_torch_fused_and_split(kind: str, tmp_path: Path) -> None:
+    """Output and every gradient, those of norms and biases too, by `transformers`."""
+    model = SplitModel(save_model(kind, tmp_path))
+    block = model.model.spec.block
+    generator = np.random.default_rng(3)
+    shape = model.run(model.fused()).y.shape
+    x, dy = (torch.from_numpy(generator.normal(0, 1, shape).astype(np.float32)) for _ in range(2))
+    wanted = by_torch(kind, x, dy)
+    groups = (1, block.kv_heads - 1)
+    columns = (block.columns // 3, block.columns - block.columns // 3)
+    with model.split([CpuBackend()] * 2, groups, columns) as split:
+        for found in (model.run(model.fused()), model.run(split)):
+            assert _error(found.y, wanted.y) < TOLERANCE
+            assert _error(found.dx, wanted.dx) < TOLERANCE
+            assert found.gradients.keys() == wanted.gradients.keys()
+            for name, gradient in wanted.gradients.items():
+                assert _error(found.gradients[name], gradient) < TOLERANCE, name
 
 
 def _error(found: Any, wanted: torch.Tensor) -> float:
@@ -161,3 +208,55 @@ def test_a_backend_without_memory_is_replaced(tmp_path: Path) -> None:
     with model.split([CpuBackend(), full], (1, 1), (40, 16), told) as split:
         assert largest_error(model.run(split), wanted) < TOLERANCE
     assert len(told) == 1
+
+
+class Wrong(Failing):
+    """A backend that gives twice what it should of one output, and no error."""
+
+    name = "wrong"
+
+    def __init__(self, output: str) -> None:
+        super().__init__(1_000_000)
+        self.output = output
+
+    def session(self, program: Path, setting: SessionSetting) -> Any:
+        """One that doubles."""
+        return _Doubling(self, CpuBackend().session(program, setting))
+
+
+class _Doubling(_Counted):
+    def run(self, names: list[str], feeds: dict[str, Any]) -> Any:
+        """All right but one."""
+        found = self._session.run(names, feeds)
+        assert isinstance(self._owner, Wrong)
+        return [a * 2 if n == self._owner.output else a for n, a in zip(names, found, strict=True)]
+
+
+@pytest.mark.parametrize("output", ["y", "gradient.up.weight"])
+def test_a_backend_that_computes_something_else_gets_no_work(tmp_path: Path, output: str) -> None:
+    """Whole or in shares; said once, and the others go on."""
+    model = SplitModel(save_model("llama", tmp_path))
+    heard = Heard()
+    team = Team([CpuBackend(), Wrong(output)], model.programs, 2, heard)
+    try:
+        blocks = ScheduledBlocks(model.spec, model.block, team, heard, heard, "always")
+        assert team.left_out == ["wrong"]
+        assert largest_error(model.run(blocks), model.run(model.fused())) < TOLERANCE
+    finally:
+        team.close()
+    (told,) = heard.notices
+    assert "wrong computes something else than the CPU" in told
+
+
+def test_shares_that_come_out_wrong_are_found(tmp_path: Path) -> None:
+    """A backend that is right about whole blocks may still be wrong about parts of them."""
+    model = SplitModel(save_model("llama", tmp_path))
+    heard, bench = Heard(), Bench.of(model.spec, model.block)
+    right = bench.results(model.fused())
+    good = Failing(1_000_000)
+    team = Team([CpuBackend(), good, Wrong("y")], model.programs, 3, heard)
+    try:
+        measure_together(bench, team, heard, 0.0, right)
+        assert team.left_out == ["wrong"]
+    finally:
+        team.close()

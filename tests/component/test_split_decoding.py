@@ -6,7 +6,6 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,6 @@ from confidantd.engine.split.plan import Placement, make_parts
 from confidantd.errors import BackendError
 from confidantd.models.folder import ModelFolder
 from confidantd.models.spec import ProgramRequest
-from confidantd.wire.worker import SplitChosen
 from tests.component.engine_models import (
     Adapter,
     Decoder,
@@ -32,6 +30,7 @@ from tests.component.engine_models import (
     save_model,
     stage_specs,
 )
+from tests.component.split_support import Heard
 from tests.component.test_engine_lora import prepared
 from tests.component.test_engine_training import assert_close
 from tests.component.test_split_blocks import SECONDS, Failing
@@ -150,41 +149,6 @@ def test_a_backend_that_fails_is_replaced_and_no_token_changes(
         assert found.greedy(PROMPT, NEW_TOKENS) == decoder(model, 1).greedy(PROMPT, NEW_TOKENS)
     assert len(told) == 1
     assert "the driver is gone" in told[0]
-
-
-@dataclass
-class Heard:
-    """Everything that a stage reports, and what it remembers."""
-
-    notices: list[str] = field(default_factory=list)
-    chosen_splits: list[SplitChosen] = field(default_factory=list)
-    measured: tuple[int, int] = (0, 0)
-    kept: bytes | None = None
-
-    def notice(self, code: str, message: str) -> None:
-        """What a person is told."""
-        self.notices.append(f"{code}: {message}")
-
-    def measuring(self, done: int, of: int) -> None:
-        """How far it is."""
-        self.measured = (done, of)
-
-    def chosen(self, split: SplitChosen) -> None:
-        """In order."""
-        self.chosen_splits.append(split)
-
-    def read(self) -> bytes | None:
-        """What was written last."""
-        return self.kept
-
-    def write(self, data: bytes) -> None:
-        """Remember."""
-        self.kept = data
-
-    @property
-    def names(self) -> list[list[str]]:
-        """Backends of each choice."""
-        return [[share.name for share in split.shares] for split in self.chosen_splits]
 
 
 @contextmanager

@@ -13,35 +13,19 @@ import pytest
 from confidantd.config import Split
 from confidantd.engine.backends.base import Backend
 from confidantd.engine.backends.cpu import CpuBackend
-from confidantd.engine.split.head import SplitHead, Way
+from confidantd.engine.split.head import SplitHead
+from confidantd.engine.split.head_ways import Way
 from confidantd.engine.split.team import Team
 from confidantd.engine.trained_weights import Group, StageWeights
 from confidantd.errors import BackendError
 from confidantd.models.spec import ProgramRequest
 from confidantd.wire.stage import StageSpec
-from confidantd.wire.worker import SplitChosen
 from tests.component.engine_models import ROWS, TOKENS, reader, save_model, stage_specs
+from tests.component.split_support import Heard
 from tests.component.test_split_blocks import Failing
 from tests.programs import programs_for
 
 TOLERANCE = 1e-5
-
-
-class Heard:
-    """Keeps what the backends say."""
-
-    def __init__(self) -> None:
-        self.notices: list[str] = []
-
-    def notice(self, code: str, message: str) -> None:
-        """One line."""
-        self.notices.append(f"{code}: {message}")
-
-    def measuring(self, done: int, of: int) -> None:
-        """Not asked for."""
-
-    def chosen(self, split: SplitChosen) -> None:
-        """Not asked for."""
 
 
 class HeadModel:
@@ -67,7 +51,9 @@ class HeadModel:
 
     def split(self, team: Team, way: Way | None, split: Split = "auto") -> SplitHead:
         """A measured head, made to run one way."""
-        found = SplitHead(self.spec, self.head, team, split)
+        for trained in self.head.trained.values():
+            trained.clear()  # a stage is loaded without gradients
+        found = SplitHead(self.spec, self.head, team, self.heard, split)
         if way is not None:
             found._way = way
         return found
@@ -144,3 +130,19 @@ def test_only_the_backend_that_failed_is_left_out(model: HeadModel) -> None:
 def test_whole_heads_only_where_nothing_may_be_shared(model: HeadModel) -> None:
     with model.team([CpuBackend(), Failing(1_000)]) as team:
         assert model.split(team, None, "never")._way.alone
+
+
+def test_what_was_measured_is_remembered(model: HeadModel) -> None:
+    """No run is needed to choose again; and another set of backends is measured anew."""
+    model.heard.kept = None
+    counted = Failing(1_000)
+    with model.team([CpuBackend(), counted]) as team:
+        first = model.split(team, None)._way
+        left = counted.left
+        assert left < 1_000
+        assert model.split(team, None)._way == first
+        assert counted.left == left
+    counted.name = "another"
+    with model.team([CpuBackend(), counted]) as team:
+        model.split(team, None)
+        assert counted.left < left

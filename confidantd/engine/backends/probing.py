@@ -10,6 +10,7 @@ driver may hang or take the process down.
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 import signal
@@ -36,7 +37,7 @@ def probe_all(
 ) -> list[Entry]:
     """The CPU, then plugins, then what could be installed; one after the other, each alone.
 
-    With `wanted`, plugins of other names are only listed.
+    With `wanted`, plugins of other names are only listed; a name that nothing has is broken.
     """
     names = [CpuBackend.name, *plugin_names()]
     entries = [
@@ -45,7 +46,9 @@ def probe_all(
         else probe_apart(name, threads, seconds)
         for name in names
     ]
-    return entries + [_not_installed(known) for known in PLUGINS if known.name not in names]
+    entries += [_not_installed(known) for known in PLUGINS if known.name not in names]
+    there = [entry["name"] for entry in entries]
+    return entries + [_unknown(name, there) for name in wanted if name not in there]
 
 
 def probe_one(name: str, threads: int) -> Entry:
@@ -74,6 +77,12 @@ def _entry(name: str) -> Entry:
 
 def _not_wanted(name: str) -> Entry:
     return {**_entry(name), "problem": "installed, but the settings name other backends"}
+
+
+def _unknown(name: str, there: list[str]) -> Entry:
+    near = difflib.get_close_matches(name, there, 1)
+    known = f"did you mean {near[0]}?" if near else f"known: {', '.join(there)}"
+    return {**_entry(name), "broken": True, "problem": "no plugin brings it", "hint": known}
 
 
 def _not_installed(known: KnownPlugin) -> Entry:

@@ -27,6 +27,10 @@ class Memory(Protocol):
         """Remember."""
         ...
 
+    def of_head(self) -> Memory:
+        """Where the profile of the head beside these blocks is kept."""
+        ...
+
 
 def remembered(memory: Memory, team: Team, split: Split) -> BlockProfile | None:
     """What was measured before, if that was these backends, and shares where they must be."""

@@ -19,7 +19,9 @@ from confidantd.engine.kv_cache import SequenceCache
 from confidantd.engine.split.blocks import ATTENTION, MLP
 from confidantd.engine.split.decode import ATTENTION_PROGRAM, SplitDecode
 from confidantd.engine.split.plan import make_parts
-from confidantd.engine.split.profile import Samples, Shares, compositions, placement_of
+from confidantd.engine.split.profile import compositions, placement_of
+from confidantd.engine.split.proof import Sampled, check, sampled
+from confidantd.engine.split.samples import Samples, Shares
 from confidantd.engine.split.team import Report, Team
 from confidantd.engine.tensors import Floats
 from confidantd.engine.trained_weights import Group
@@ -56,23 +58,49 @@ class DecodeBench:
         runner.forward(self.x, layer, self.blocks[layer], self.cache)
         return time.perf_counter() - started
 
+    def results(self, runner: DecodeRunner) -> Sampled:
+        """Samples of what the first block gives and puts into the cache."""
+        y = runner.forward(self.x, 0, self.blocks[0], self.cache)
+        key, value = self.cache.buffers(0)
+        return sampled({"y": y, "key": key, "value": value})
+
 
 def measure_decode(
     bench: DecodeBench, team: Team, report: Report, least_seconds: float
 ) -> BlockProfile:
     """Whole blocks on every backend, and shares unless a block takes under `least_seconds`.
 
-    A backend that fails is left out.
+    A backend that fails, or computes something else than the CPU's, is left out.
     """
+    right = bench.results(FusedDecode(team.cpu.get(BLOCK_PROGRAM)))
+    _prove(bench, team, right, shares=False)
     profile = BlockProfile(_rounds(bench, team, report, (), Samples()), None)
     if min(alone.seconds for alone in profile.alone) < least_seconds:
         return profile
     while team.can_split(ATTENTION_PROGRAM):
         before, samples = len(team.left_out), Samples()
+        _prove(bench, team, right, shares=True)
+        if len(team.left_out) > before:
+            continue
         alone = _rounds(bench, team, report, _runners(bench, team), samples)
         if len(team.left_out) == before:
             return BlockProfile(alone, _curves(samples, team.names))
     return profile.without(team.left_out)
+
+
+def _prove(bench: DecodeBench, team: Team, right: Sampled, *, shares: bool) -> None:
+    """Leave out backends that compute a whole block, or `shares` of one, differently."""
+    names = team.names
+    for name in names[1:]:
+        try:
+            if not shares:
+                whole = FusedDecode(team.whole(name).get(BLOCK_PROGRAM))
+                check(name, bench.results(whole), right)
+                continue
+            for each in compositions(bench.spec, len(names)):
+                check(name, bench.results(_runner(bench, team, names, each, name)), right)
+        except BackendError as failure:
+            team.leave_out(name, failure)
 
 
 def _rounds(
@@ -122,14 +150,20 @@ def _curves(samples: Samples, names: Sequence[str]) -> BlockCurves:
 
 def _runners(bench: DecodeBench, team: Team) -> list[tuple[Shares, SplitDecode]]:
     """One for each composition to measure."""
-    model, names = bench.spec.model, team.names
-    programs, threads = [team.parts(n) for n in names], [team.thread(n) for n in names]
-    made = []
-    for shares in compositions(bench.spec, len(names)):
-        placement = placement_of(shares, model.block.columns)
-        parts = make_parts(model, None, programs, threads, placement)
-        made.append((shares, SplitDecode(parts, team.cpu, team.leave_out)))
-    return made
+    names = team.names
+    found = compositions(bench.spec, len(names))
+    return [(shares, _runner(bench, team, names, shares)) for shares in found]
+
+
+def _runner(
+    bench: DecodeBench, team: Team, names: Sequence[str], shares: Shares, only: str = ""
+) -> SplitDecode:
+    """Parts on backends by name, or on `only` one of them and the rest on the CPU."""
+    model = bench.spec.model
+    programs = [team.parts(n) if only in ("", n) else team.cpu for n in names]
+    threads = [team.thread(n) for n in names]
+    parts = make_parts(model, None, programs, threads, placement_of(shares, model.block.columns))
+    return SplitDecode(parts, team.cpu, team.leave_out)
 
 
 def _curve(samples: Samples, index: int, name: str, unit: str) -> Curve:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,10 @@ from numpy.typing import NDArray
 from confidantd.config import Split
 from confidantd.engine.backends.cpu import CpuBackend
 from confidantd.engine.program import EngineProgram
+from confidantd.engine.split.choice import Memory
+from confidantd.engine.split.head_ways import Way, remembered_seconds, to_json, ways_of
 from confidantd.engine.split.parts import BackendPrograms
+from confidantd.engine.split.proof import Sampled, check, sampled
 from confidantd.engine.split.team import Team
 from confidantd.engine.tensors import Floats
 from confidantd.engine.trained_weights import Group
@@ -32,57 +34,64 @@ from confidantd.wire.stage import StageSpec
 UNIT = "head"
 PROGRAM = f"{UNIT}_backward"
 ROUNDS = 2
-MOST_WAYS = 6  # compositions of rows that are measured
 
 Array = NDArray[Any]
 Outputs = dict[str, Array]
 
 
-@dataclass(frozen=True, slots=True)
-class Way:
-    """Backends and their rows; with `alone` the one backend has all rows, and all threads."""
-
-    shares: tuple[tuple[str, int], ...]
-    alone: bool = False
-
-
 class SplitHead:
     """Runs the head's backward; the CPU does again what a failing backend should have done.
 
-    `split` as in `Load`: `never` compares whole heads only.
+    Ways are measured the first time, and remembered. `split` as in `Load`: `never` compares
+    whole heads only.
     """
 
-    def __init__(self, spec: StageSpec, head: Group, team: Team, split: Split = "auto") -> None:
+    def __init__(
+        self, spec: StageSpec, head: Group, team: Team, memory: Memory, split: Split = "auto"
+    ) -> None:
         self._team = team
-        ways = [
-            way for way in _ways(spec.microbatch_size, team.names) if way.alone or split != "never"
-        ]
-        measured = [(way, self._measure(way, spec, head)) for way in ways]
-        worked = [(way, seconds) for way, seconds in measured if seconds is not None]
+        ways = tuple(ways_of(spec.microbatch_size, team.names))
+        seconds = remembered_seconds(memory, ways)
+        if seconds is None:
+            right = self._results(ways[0], spec, head)
+            seconds = [self._measure(way, spec, head, right) for way in ways]
+            if None not in seconds:
+                memory.write(to_json(ways, seconds))
+        measured = zip(ways, seconds, strict=True)
+        worked = [(way, s) for way, s in measured if s is not None]
         alone = min((w for w in worked if w[0].alone), key=lambda w: w[1])
-        best = min(worked, key=lambda w: w[1])
+        best = alone if split == "never" else min(worked, key=lambda w: w[1])
         self._way = best[0] if best[1] < (1 - LEAST_GAIN) * alone[1] else alone[0]
         shares = {} if self._way.alone else dict(self._way.shares)
         for name in team.names:
             team.parts(name).drop_all_but({UNIT: shares.get(name, 0)})
 
-    def _measure(self, way: Way, spec: StageSpec, head: Group) -> float | None:
-        """Seconds of one run; None where a backend failed."""
-        shape = (spec.microbatch_size, spec.sequence_length, spec.model.block.hidden)
-        x = np.random.default_rng(0).standard_normal(shape, np.float32)
-        labels = np.ones(shape[:2], np.int64)
+    def _measure(self, way: Way, spec: StageSpec, head: Group, right: Sampled) -> float | None:
+        """Seconds of one run; None where a backend failed, or what it gave is not `right`."""
         times = []
         try:
-            for _ in range(1 + ROUNDS):
+            check("together", self._results(way, spec, head), right)
+            for _ in range(ROUNDS):
                 started = time.perf_counter()
-                self._run(way, x, labels, np.array(1.0, np.float32), head)
+                self._results(way, spec, head)
                 times.append(time.perf_counter() - started)
         except BackendError:
             return None
+        return statistics.median(times)
+
+    def _results(self, way: Way, spec: StageSpec, head: Group) -> Sampled:
+        """Samples of what one run on random tokens gives."""
+        shape = (spec.microbatch_size, spec.sequence_length, spec.model.block.hidden)
+        generator = np.random.default_rng(0)
+        x = generator.standard_normal(shape, np.float32)
+        labels = generator.integers(0, spec.model.vocabulary, shape[:2])
+        try:
+            _, dx = self._run(way, x, labels, np.array(1.0, np.float32), head)
+            found = {n: t.gradient for n, t in head.trained.items() if t.gradient is not None}
+            return sampled({"dx": dx, **found})
         finally:
             for trained in head.trained.values():
                 trained.clear()
-        return statistics.median(times[1:])
 
     def run(self, x: Floats, labels: Array, scale: Array, head: Group) -> tuple[float, Floats]:
         """Scaled loss, and its gradient by x [b, S, D]; adds to the gradients of the weights."""
@@ -182,14 +191,3 @@ def _program(programs: BackendPrograms, piece: Piece) -> EngineProgram:
 def _compute(program: EngineProgram, piece: Piece, head: Group, targets: Outputs) -> Outputs:
     """Losses and gradients of one piece."""
     return program.run(piece.feeds, head.weights, into={"dx": piece.dx, **targets})
-
-
-def _ways(rows: int, names: tuple[str, ...]) -> Iterator[Way]:
-    """Each backend alone, then the more even compositions of two or more."""
-    yield from (Way(((name, rows),), alone=True) for name in names)
-    cuts = itertools.combinations_with_replacement(range(rows + 1), len(names) - 1)
-    found = [tuple(b - a for a, b in itertools.pairwise((0, *cut, rows))) for cut in cuts]
-    shared = [shares for shares in found if sum(share > 0 for share in shares) > 1]
-    shared.sort(key=lambda shares: sum(share * share for share in shares))
-    for shares in shared[:MOST_WAYS]:
-        yield Way(tuple(zip(names, shares, strict=True)))

@@ -62,9 +62,11 @@ class ScheduledBlocks:
         self._left_out = len(self._team.left_out)
         self._choice, self._drift = choice, Drift()
         self._runner: FusedBlocks | SplitBlocks
-        if choice.alone:  # what was only measured takes memory that the stage was not granted
+        # what was only measured takes memory that the stage was not granted
+        if choice.alone:
             for name in self._team.names:
                 self._team.parts(name).drop_all_but({ATTENTION: 0, MLP: 0})
+        self._team.drop_whole(kept=choice.alone)
         self._runner = self._fused(choice.alone) if choice.alone else self._split(choice)
         announce(choice, self._spec.model.block, self._report)
 

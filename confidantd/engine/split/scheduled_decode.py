@@ -58,6 +58,7 @@ class ScheduledDecode:
         block = self._model.block
         choice = choose_block(self._profile, block.kv_heads, block.columns, self._split)
         self._alone = choice.alone
+        self._team.drop_whole(kept=choice.alone)
         self._runner: DecodeRunner
         if choice.alone is None:
             parts = chosen_parts(choice, self._model, None, self._team)

@@ -1,0 +1,48 @@
+"""The ways to share the rows of the head out, and what is remembered of their times."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+from confidantd.engine.split.choice import Memory
+
+MOST_WAYS = 6  # compositions of rows that are measured
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """Backends and their rows; with `alone` the one backend has all rows, and all threads."""
+
+    shares: tuple[tuple[str, int], ...]
+    alone: bool = False
+
+
+def to_json(ways: Sequence[Way], seconds: Sequence[float | None]) -> bytes:
+    """What was measured, to be remembered."""
+    return json.dumps({"ways": [asdict(way) for way in ways], "seconds": seconds}).encode()
+
+
+def remembered_seconds(memory: Memory, ways: Sequence[Way]) -> list[float | None] | None:
+    """Seconds of each way, if they were measured of just these ways."""
+    try:
+        found = json.loads(memory.read() or b"null")
+        same = found["ways"] == json.loads(to_json(ways, ()))["ways"]
+        seconds = [None if s is None else float(s) for s in found["seconds"]]
+    except (ValueError, KeyError, TypeError):
+        return None
+    cpu = seconds[0] if len(seconds) == len(ways) else None
+    return seconds if same and cpu is not None else None
+
+
+def ways_of(rows: int, names: tuple[str, ...]) -> Iterator[Way]:
+    """Each backend alone, then the more even compositions of two or more."""
+    yield from (Way(((name, rows),), alone=True) for name in names)
+    cuts = itertools.combinations_with_replacement(range(rows + 1), len(names) - 1)
+    found = [tuple(b - a for a, b in itertools.pairwise((0, *cut, rows))) for cut in cuts]
+    shared = [shares for shares in found if sum(share > 0 for share in shares) > 1]
+    shared.sort(key=lambda shares: sum(share * share for share in shares))
+    for shares in shared[:MOST_WAYS]:
+        yield Way(tuple(zip(names, shares, strict=True)))
