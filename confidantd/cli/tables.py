@@ -197,6 +197,9 @@ def _backends(stages: Iterable[Mapping[str, Any]]) -> list[Text]:
         if stage.get("unmeasured_backends"):
             others = ", ".join(plain(other) for other in stage["unmeasured_backends"])
             lines.append(Text(f"{name}: {others} are measured when the job starts", style="dim"))
+        if stage.get("cpu_only"):
+            text = f"{name}: the CPU only, there is no memory for other providers"
+            lines.append(Text(text, style="dim"))
     return lines
 
 

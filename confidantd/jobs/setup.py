@@ -179,6 +179,7 @@ def assignments(
                 adapter_tensors=tuple(
                     adapter[name] for name in adapter_names(spec) if name in adapter
                 ),
+                cpu_only=stage.cpu_only,
             )
         )
     return found

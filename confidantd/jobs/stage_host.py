@@ -230,7 +230,7 @@ class StageHost:
             str(self._home),
             self._hosts,
             blobs,
-            splits.backends(),
+            ("cpu",) if assignment.cpu_only else splits.backends(),
             splits.split,
             str(file),
         )

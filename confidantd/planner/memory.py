@@ -8,6 +8,10 @@ from confidantd.planner.workload import FLOAT_BYTES, Form, Workload
 from confidantd.schedule.one_f_one_b import in_flight
 
 RUNTIME_BYTES = 90 * 1024 * 1024  # a worker with numpy, onnxruntime and its links, measured
+PROVIDER_BYTES = 180 * 1024 * 1024  # a further provider in the worker: OpenVINO's, measured
+# A provider that does not share the host's memory copies a block's weights into the programs
+# of its forward and backward, and its gradients out of the latter.
+PROVIDER_COPIES = {"full": 3, "lora": 2, None: 1}
 LOGIT_COPIES = 4  # logits, log-softmax and their gradients in the head's backward program
 ATTENTION_COPIES = 4  # scores, probabilities and their gradients [b, H, S, S]
 COLUMN_COPIES = 6  # gate, up, their product and the gradients [b, S, columns]
@@ -18,7 +22,7 @@ HIDDEN_COPIES = 12  # residuals, norms, q, k, v and their gradients [b, S, D]
 class MemoryEstimate:
     """Bytes of one stage. `kept`: inputs of blocks and head, of the microbatches in flight,
     and what the blocks' forwards saved: all of it in the saved form, else the middle of
-    each block.
+    each block. `providers`: what further backends than the CPU's take.
     """
 
     weights: int
@@ -27,6 +31,7 @@ class MemoryEstimate:
     kept: int
     cache: int
     workspace: int
+    providers: int = 0
     runtime: int = RUNTIME_BYTES
 
     @property
@@ -44,8 +49,11 @@ def stage_memory(
     stage: int,
     stages: int,
     form: Form = "recompute",
+    providers: int = 0,
 ) -> MemoryEstimate:
-    """The estimate for a stage of `layers` blocks, at place `stage` of `stages`."""
+    """The estimate for a stage of `layers` blocks, at place `stage` of `stages`, whose blocks
+    are shared out between the CPU and `providers` further backends.
+    """
     ends = work.embedding_parameters if embedding else 0
     if head and not (work.tied and embedding):
         ends += work.head_parameters
@@ -68,7 +76,19 @@ def stage_memory(
         kept=kept,
         cache=_cache_bytes(work, layers),
         workspace=_workspace_bytes(work, head=head),
+        providers=providers * _provider_bytes(work, head=head),
     )
+
+
+def _provider_bytes(work: Workload, *, head: bool) -> int:
+    """Of one further backend, at the most: as if it had nearly all of a block and the head."""
+    held = work.block_parameters
+    if head and work.method is not None:
+        held += work.head_parameters
+    floats = PROVIDER_COPIES[work.method] * held
+    if head and work.method is not None:
+        floats += LOGIT_COPIES // 2 * work.tokens * work.vocabulary
+    return PROVIDER_BYTES + FLOAT_BYTES * floats
 
 
 def _cache_bytes(work: Workload, layers: int) -> int:

@@ -31,7 +31,8 @@ class StagePlan:
 
     `form`: its forwards keep what the backward needs (`saved`), or that is computed again.
     `backends` share its blocks (empty: the CPU has them whole); `unmeasured` are further
-    ones, which are measured when the first job with blocks of this shape runs.
+    ones, which are measured when the first job with blocks of this shape runs. `cpu_only`:
+    there is no memory for them.
     """
 
     device: DeviceId
@@ -48,6 +49,7 @@ class StagePlan:
     form: Form = "saved"
     backends: tuple[BackendShare, ...] = ()
     unmeasured: tuple[str, ...] = ()
+    cpu_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,17 +135,17 @@ def _stages(work: Workload, found: Partition) -> tuple[StagePlan, ...]:
 
 
 def _stage(work: Workload, found: Partition, index: int, first: int) -> StagePlan:
-    """In the saved form where that fits: it is a quarter faster."""
+    """The fastest of `_ways` that fits; the last one does, or there would be no partition."""
     device, layers, stages = found.devices[index], found.layers[index], len(found.devices)
     embedding, head = index == 0, index == stages - 1
-    forms: tuple[Form, ...] = ("saved", "recompute")
-    memory: dict[Form, int] = {
-        each: stage_memory(
-            work, layers, embedding=embedding, head=head, stage=index, stages=stages, form=each
-        ).total
-        for each in forms
-    }
-    form: Form = "saved" if memory["saved"] <= device.available_bytes else "recompute"
+    others = device.backends[1:] if work.splits else ()
+    for form, providers in _ways(len(others)):
+        memory = stage_memory(
+            work, layers, embedding=embedding, head=head, stage=index, stages=stages, form=form,
+            providers=providers,
+        ).total  # fmt: skip
+        if memory <= device.available_bytes:
+            break
     return StagePlan(
         device=device.id,
         name=device.name,
@@ -151,14 +153,23 @@ def _stage(work: Workload, found: Partition, index: int, first: int) -> StagePla
         past_last_layer=first + layers,
         embedding=embedding,
         head=head,
-        memory_bytes=memory[form],
+        memory_bytes=memory,
         available_bytes=device.available_bytes,
         seconds=stage_seconds(work, device, layers, head=head, form=form),
         heads=work.heads,
         columns=work.columns,
         form=form,
-        unmeasured=device.backends[1:] if work.splits else (),
+        unmeasured=others if providers else (),
+        cpu_only=bool(others) and not providers,
     )
+
+
+def _ways(others: int) -> tuple[tuple[Form, int], ...]:
+    """Forms with so many further backends, the fastest first: two backends gain more than what
+    the saved form does not compute again.
+    """
+    alone: tuple[tuple[Form, int], ...] = (("saved", 0), ("recompute", 0))
+    return (("saved", others), ("recompute", others), *alone) if others else alone
 
 
 def _links(work: Workload, found: Partition) -> tuple[LinkPlan, ...]:
@@ -250,4 +261,5 @@ def _stage_json(stage: StagePlan) -> dict[str, Any]:
             for share in stage.backends or (BackendShare("cpu", stage.heads, stage.columns),)
         ],
         "unmeasured_backends": list(stage.unmeasured),
+        "cpu_only": stage.cpu_only,
     }

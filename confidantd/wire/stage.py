@@ -76,7 +76,7 @@ class StageAssignment:
 
     `programs` maps a program's name to its blob; `tensors` are the checkpoint's
     (and `adapter_tensors` the adapter's) that this stage needs. All are blobs that
-    `source` (the owner) serves.
+    `source` (the owner) serves. `cpu_only`: the plan has no memory for further backends.
     """
 
     job: JobId
@@ -91,3 +91,4 @@ class StageAssignment:
     adapter_tensors: tuple[TensorEntry, ...] = ()
     threads: int = 1
     memory_bytes: int = 0
+    cpu_only: bool = False

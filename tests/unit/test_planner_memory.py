@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from confidantd.planner.memory import MemoryEstimate, stage_memory
+from confidantd.planner.memory import PROVIDER_BYTES, MemoryEstimate, stage_memory
 from confidantd.planner.workload import Method, Workload
 from tests.unit.planner_support import workload
 
@@ -58,8 +58,8 @@ def test_a_tied_table_on_one_device_counts_once() -> None:
 
 
 def test_the_total_is_the_sum_of_the_kinds() -> None:
-    found = MemoryEstimate(1, 2, 3, 4, 5, 6, 7)
-    assert found.total == 28
+    found = MemoryEstimate(1, 2, 3, 4, 5, 6, 7, 8)
+    assert found.total == 36
 
 
 @given(
@@ -82,3 +82,20 @@ def test_more_of_anything_never_takes_less(
     assert total(replace(work, microbatch_size=size + 1), layers, head=head) >= least
     assert total(replace(work, sequence_length=length + 1), layers, head=head) >= least
     assert total(work, layers, head=True) >= least
+
+
+def test_a_further_backend_takes_its_library_and_copies_of_weights() -> None:
+    """Each one as much; in training also gradients, and logits where the head is."""
+    train, generate = workload(method="full"), workload(method=None)
+
+    def extra(work: Workload, providers: int, *, head: bool) -> int:
+        place = {"embedding": False, "head": head, "stage": 1, "stages": 2}
+        found = stage_memory(work, 2, providers=providers, **place)  # type: ignore[arg-type]
+        assert found.total - found.providers == stage_memory(work, 2, **place).total  # type: ignore[arg-type]
+        return found.providers
+
+    assert extra(train, 0, head=True) == 0
+    assert extra(train, 2, head=False) == 2 * extra(train, 1, head=False)
+    assert extra(train, 1, head=False) == PROVIDER_BYTES + 4 * 3 * train.block_parameters
+    assert extra(train, 1, head=True) > extra(train, 1, head=False)
+    assert extra(generate, 1, head=True) == PROVIDER_BYTES + 4 * generate.block_parameters

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from confidantd.errors import DeviceError, DoesNotFitError
-from confidantd.planner.plan import make_plan
+from confidantd.planner.plan import StagePlan, make_plan
 from tests.unit.planner_support import GIGABYTE, device, workload
 
 
@@ -98,3 +98,23 @@ def test_backends_are_measured_only_for_blocks_that_are_worth_it() -> None:
         (stage,) = make_plan(work, [only], only.id).to_json()["stages"]
         assert stage["unmeasured_backends"] == unmeasured
         assert [share["name"] for share in stage["backends"]] == ["cpu"]
+
+
+def test_further_backends_get_work_where_there_is_memory_for_them() -> None:
+    """They gain more than the saved form, and a plan never fails for want of their memory."""
+    work = replace(workload(), splits=True, saved_floats=40 * 2 * 128 * 768)
+
+    def stage(available_bytes: int) -> StagePlan:
+        only = replace(device("a", available_bytes=available_bytes), backends=("cpu", "gpu"))
+        return make_plan(work, [only], only.id).stages[0]
+
+    most = stage(100 * GIGABYTE)
+    assert (most.form, most.unmeasured, most.cpu_only) == ("saved", ("gpu",), False)
+    less = stage(most.memory_bytes - 1)
+    assert (less.form, less.unmeasured, less.cpu_only) == ("recompute", ("gpu",), False)
+    lean = stage(less.memory_bytes - 1)
+    assert (lean.unmeasured, lean.cpu_only) == ((), True)
+    least = stage(lean.memory_bytes - 1)
+    assert (least.form, least.cpu_only) == ("recompute", True)
+    with pytest.raises(DoesNotFitError):
+        stage(least.memory_bytes - 1)

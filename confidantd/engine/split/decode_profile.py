@@ -73,60 +73,72 @@ def measure_decode(
     A backend that fails, or computes something else than the CPU's, is left out.
     """
     right = bench.results(FusedDecode(team.cpu.get(BLOCK_PROGRAM)))
-    _prove(bench, team, right, shares=False)
-    profile = BlockProfile(_rounds(bench, team, report, (), Samples()), None)
+    _leave_out_wrong(bench, team, right)
+    profile = BlockProfile(_alone(bench, team), None)
     if min(alone.seconds for alone in profile.alone) < least_seconds:
         return profile
     while team.can_split(ATTENTION_PROGRAM):
-        before, samples = len(team.left_out), Samples()
-        _prove(bench, team, right, shares=True)
-        if len(team.left_out) > before:
-            continue
-        alone = _rounds(bench, team, report, _runners(bench, team), samples)
+        before = len(team.left_out)
+        found = _together(bench, team, report, right)
         if len(team.left_out) == before:
-            return BlockProfile(alone, _curves(samples, team.names))
+            return found
     return profile.without(team.left_out)
 
 
-def _prove(bench: DecodeBench, team: Team, right: Sampled, *, shares: bool) -> None:
-    """Leave out backends that compute a whole block, or `shares` of one, differently."""
-    names = team.names
-    for name in names[1:]:
+def _leave_out_wrong(bench: DecodeBench, team: Team, right: Sampled) -> None:
+    for name in team.names[1:]:
         try:
-            if not shares:
-                whole = FusedDecode(team.whole(name).get(BLOCK_PROGRAM))
-                check(name, bench.results(whole), right)
-                continue
-            for each in compositions(bench.spec, len(names)):
-                check(name, bench.results(_runner(bench, team, names, each, name)), right)
+            whole = FusedDecode(team.whole(name).get(BLOCK_PROGRAM))
+            check(name, bench.results(whole), right)
         except BackendError as failure:
             team.leave_out(name, failure)
 
 
-def _rounds(
-    bench: DecodeBench,
-    team: Team,
-    report: Report,
-    made: Sequence[tuple[Shares, SplitDecode]],
-    samples: Samples,
-) -> tuple[Alone, ...]:
-    """Whole blocks on each backend, the others idle, and in between shares on all at once.
-
-    In turn, so that what disturbs the machine for a while spoils no comparison.
-    """
-    layers, total = range(len(bench.blocks)), (1 + ROUNDS) * len(made)
-    alone: dict[str, list[float]] = {name: [] for name in team.names}
+def _alone(bench: DecodeBench, team: Team) -> tuple[Alone, ...]:
+    """Whole blocks on each backend, the others idle."""
+    times: dict[str, list[float]] = {name: [] for name in team.names}
     for index in range(1 + ROUNDS):
-        for name in team.names:
-            seconds = _whole(bench, team, name)
-            alone[name] += seconds if index else []
-        for done, (shares, runner) in enumerate(made, index * len(made)):
-            report.measuring(done + 1, total)
-            for layer in layers:
+        for name in times:
+            found = _whole(bench, team, name)
+            times[name] += found if index else []
+    return tuple(Alone(name, statistics.median(times[name]), 0.0) for name in team.names)
+
+
+def _together(bench: DecodeBench, team: Team, report: Report, right: Sampled) -> BlockProfile:
+    """Shares on all backends at once, and in turn with them whole blocks on each alone.
+
+    So what disturbs the machine for a while spoils no comparison. One composition after the
+    other, since the programs of all would take several times the memory of a block.
+    """
+    samples, names = Samples(), team.names
+    alone: dict[str, list[float]] = {name: [] for name in names}
+    found = list(compositions(bench.spec, len(names)))
+    for done, shares in enumerate(found):
+        report.measuring(done, len(found))
+        runner = _runner(bench, team, names, shares)
+        _leave_out_wrong_shares(bench, team, names, shares, right)
+        for index in range(1 + ROUNDS):
+            for name in names:
+                seconds = _whole(bench, team, name)
+                alone[name] += seconds if index else []
+            for layer in range(len(bench.blocks)):
                 wall_seconds = bench.time(runner, layer)
                 if index:
                     samples.record(runner, shares, wall_seconds)
-    return tuple(Alone(name, statistics.median(alone[name]), 0.0) for name in team.names)
+        team.drop_parts(names)
+    report.measuring(len(found), len(found))
+    whole = tuple(Alone(name, statistics.median(alone[name] or [0.0]), 0.0) for name in names)
+    return BlockProfile(whole, _curves(samples, names))
+
+
+def _leave_out_wrong_shares(
+    bench: DecodeBench, team: Team, names: Sequence[str], shares: Shares, right: Sampled
+) -> None:
+    for name in names[1:]:
+        try:
+            check(name, bench.results(_runner(bench, team, names, shares, name)), right)
+        except BackendError as failure:
+            team.leave_out(name, failure)
 
 
 def _whole(bench: DecodeBench, team: Team, name: str) -> list[float]:
@@ -146,13 +158,6 @@ def _curves(samples: Samples, names: Sequence[str]) -> BlockCurves:
         for unit in (ATTENTION, MLP)
     )
     return BlockCurves(attention, mlp, 0.0)
-
-
-def _runners(bench: DecodeBench, team: Team) -> list[tuple[Shares, SplitDecode]]:
-    """One for each composition to measure."""
-    names = team.names
-    found = compositions(bench.spec, len(names))
-    return [(shares, _runner(bench, team, names, shares)) for shares in found]
 
 
 def _runner(

@@ -23,7 +23,7 @@ from confidantd.engine.split.choice import Memory
 from confidantd.engine.split.head_ways import Way, remembered_seconds, to_json, ways_of
 from confidantd.engine.split.parts import BackendPrograms
 from confidantd.engine.split.proof import Sampled, check, sampled
-from confidantd.engine.split.team import Team
+from confidantd.engine.split.team import NO_COUNT, Team
 from confidantd.engine.tensors import Floats
 from confidantd.engine.trained_weights import Group
 from confidantd.errors import BackendError
@@ -62,13 +62,10 @@ class SplitHead:
         alone = min((w for w in worked if w[0].alone), key=lambda w: w[1])
         best = alone if split == "never" else min(worked, key=lambda w: w[1])
         self._way = best[0] if best[1] < (1 - LEAST_GAIN) * alone[1] else alone[0]
-        shares = {} if self._way.alone else dict(self._way.shares)
-        for name in team.names:
-            team.parts(name).drop_all_but({UNIT: shares.get(name, 0)})
 
     def _measure(self, way: Way, spec: StageSpec, head: Group, right: Sampled) -> float | None:
         """Seconds of one run; None where a backend failed, or what it gave is not `right`."""
-        times = []
+        team, times = self._team, []
         try:
             check("together", self._results(way, spec, head), right)
             for _ in range(ROUNDS):
@@ -77,6 +74,10 @@ class SplitHead:
                 times.append(time.perf_counter() - started)
         except BackendError:
             return None
+        finally:  # the programs of all ways would take several times the memory of the head
+            team.drop_parts(team.names)
+            for name in team.names:
+                team.whole(name).drop_all_but({UNIT: NO_COUNT})
         return statistics.median(times)
 
     def _results(self, way: Way, spec: StageSpec, head: Group) -> Sampled:

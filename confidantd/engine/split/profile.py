@@ -86,6 +86,7 @@ def measure(bench: Bench, team: Team, report: Report, *, always: bool = False) -
         return profile
     while team.can_split(f"{ATTENTION}_forward"):
         before = len(team.left_out)
+        team.drop_whole()
         curves = measure_together(bench, team, report, min(a.seconds for a in alone), right)
         if len(team.left_out) == before:
             return BlockProfile(profile.without(team.left_out).alone, curves)
@@ -118,24 +119,20 @@ def measure_together(
     `right`: what the block gives, to leave out a backend that computes something else.
     """
     samples, names = Samples(), team.names
-    made = [
-        (shares, _blocks(bench, team, names, shares))
-        for shares in compositions(bench.spec, len(names))
-    ]
-    affordable = int(BUDGET_SECONDS / max(len(made) * block_seconds, 1e-9)) - 1
-    rounds = 1 + min(ROUNDS, max(1, affordable))  # the first one is not counted
-    total = len(made) * rounds
-    # round by round, so that what disturbs the machine for a while spoils one round only
-    for done, (shares, blocks) in enumerate(made * rounds):
-        report.measuring(done, total)
-        if done < len(made) and right is not None:
-            if not _is_right(bench, blocks, right):
-                _leave_out_wrong(bench, team, names, shares, right)
-            continue
-        seconds = sum(bench.time(blocks))
-        if done >= len(made):
-            samples.record(blocks, shares, seconds)
-    report.measuring(total, total)
+    found = list(compositions(bench.spec, len(names)))
+    affordable = int(BUDGET_SECONDS / max(len(found) * block_seconds, 1e-9)) - 1
+    rounds = min(ROUNDS, max(1, affordable))
+    for done, shares in enumerate(found):
+        report.measuring(done, len(found))
+        blocks = _blocks(bench, team, names, shares)
+        if right is not None and not _is_right(bench, blocks, right):
+            _leave_out_wrong(bench, team, names, shares, right)
+        bench.time(blocks)
+        for _ in range(rounds):
+            samples.record(blocks, shares, sum(bench.time(blocks)))
+        # the programs of all compositions would take several times the memory of a block
+        team.drop_parts(names)
+    report.measuring(len(found), len(found))
     again = bench.spec.form == "recompute"
     return BlockCurves(
         tuple(samples.curve(i, n, ATTENTION, again=again) for i, n in enumerate(names)),

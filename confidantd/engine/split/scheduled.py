@@ -11,7 +11,7 @@ from __future__ import annotations
 from confidantd.config import Split
 from confidantd.engine.backends.cpu import CpuBackend
 from confidantd.engine.blocks import BlockRunner, FusedBlocks, Saved
-from confidantd.engine.split.blocks import ATTENTION, MLP, SplitBlocks
+from confidantd.engine.split.blocks import SplitBlocks
 from confidantd.engine.split.choice import Memory, announce, chosen_parts, remembered
 from confidantd.engine.split.profile import Bench, measure
 from confidantd.engine.split.team import Report, Team
@@ -64,8 +64,7 @@ class ScheduledBlocks:
         self._runner: FusedBlocks | SplitBlocks
         # what was only measured takes memory that the stage was not granted
         if choice.alone:
-            for name in self._team.names:
-                self._team.parts(name).drop_all_but({ATTENTION: 0, MLP: 0})
+            self._team.drop_parts(self._team.names)
         self._team.drop_whole(kept=choice.alone)
         self._runner = self._fused(choice.alone) if choice.alone else self._split(choice)
         announce(choice, self._spec.model.block, self._report)

@@ -64,6 +64,7 @@ class ScheduledDecode:
             parts = chosen_parts(choice, self._model, None, self._team)
             self._runner = SplitDecode(parts, self._team.cpu, self._team.leave_out)
         else:
+            self._team.drop_parts(self._team.names)
             self._runner = self._fused(choice.alone)
         announce(choice, block, self._report)
 

@@ -15,6 +15,7 @@ from confidantd.wire.worker import SplitChosen
 
 LEFT_OUT = "backend-left-out"
 NO_COUNT = -1  # a size that no program is made for
+UNITS = ("attention", "mlp", "head")
 
 
 def left_out_line(name: str, reason: str) -> str:
@@ -94,6 +95,11 @@ class Team:
                 if name in self._fused:
                     ended = self._fused.pop(name).busy_seconds
                     self._ended[name] = self._ended.get(name, 0.0) + ended
+
+    def drop_parts(self, names: Sequence[str]) -> None:
+        """Forget the programs of shares."""
+        for name in names:
+            self._parts[name].drop_all_but(dict.fromkeys(UNITS, NO_COUNT))
 
     def can_split(self, program: str) -> bool:
         """Whether there are several backends and the stage was given programs of parts."""
