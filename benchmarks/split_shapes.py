@@ -31,7 +31,7 @@ def two_backends() -> list[Backend]:
         try:
             backend.probe()
         except BackendError as failure:
-            print(f"{backend.name}: {failure} {failure.hint}".strip(), file=sys.stderr)
+            print(f"{backend.name}: {failure}", file=sys.stderr)
         else:
             return [CpuBackend(), backend]
     sys.exit("a second backend is needed, for example: pip install plugins/openvino")
