@@ -61,6 +61,9 @@ _course = options(  # what changes the result
 @click.option("--train", "objective", flag_value="train", default="train", help="For training.")
 @click.option("--generate", "objective", flag_value="generate", help="For generation.")
 @_shape
+@click.option(
+    "--what-if", metavar="FILE", type=path, help="Plan for the devices in a TOML file instead."
+)
 @common
 def plan(model: Path, objective: str, **given: Any) -> None:
     """Which device would hold which layers of MODEL, and what that costs; nothing starts."""

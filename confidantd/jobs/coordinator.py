@@ -18,7 +18,7 @@ from confidantd.ids import DeviceId
 from confidantd.jobs.launch import SwarmView
 from confidantd.jobs.peers import Peers
 from confidantd.jobs.plan_inputs import plan_devices, plan_workload, program_request
-from confidantd.planner.partition import PlanDevice
+from confidantd.planner.costs import PlanDevice
 from confidantd.planner.plan import Plan, StagePlan, make_plan
 from confidantd.swarm.state import CoordinatorView
 from confidantd.wire.codec import from_map, to_map

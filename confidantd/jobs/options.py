@@ -93,7 +93,10 @@ class TrainOptions:
 
 @dataclass(frozen=True, slots=True)
 class PlanOptions:
-    """Options of `confidant plan`: those of train and generate that change a plan."""
+    """Options of `confidant plan`: those of train and generate that change a plan.
+
+    `what_if`: a file with a fleet to plan for, instead of the swarm.
+    """
 
     model: str
     objective: str = "train"
@@ -106,6 +109,7 @@ class PlanOptions:
     sequence_length: int | None = None
     max_new_tokens: int = DEFAULT_NEW_TOKENS
     devices: tuple[str, ...] = ()
+    what_if: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

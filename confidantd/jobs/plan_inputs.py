@@ -15,7 +15,7 @@ from confidantd.models.tensors import (
     head_parameters,
     lora_parameters,
 )
-from confidantd.planner.partition import PlanDevice
+from confidantd.planner.costs import PlanDevice
 from confidantd.planner.workload import Workload
 from confidantd.swarm.state import PeerView
 from confidantd.wire.jobs import PlanRequest

@@ -31,6 +31,7 @@ from confidantd.jobs.options import (
 from confidantd.jobs.record import FINAL_STATES, JobLog, JobRecord
 from confidantd.jobs.setup import generate_workload, train_workload
 from confidantd.jobs.train import TrainJob, check_training
+from confidantd.jobs.what_if import plan_for
 from confidantd.tasks import TaskSet
 
 _log = logging.getLogger(__name__)
@@ -73,10 +74,13 @@ class Jobs:
         return log
 
     async def plan(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The plan that a job with these options would get now."""
+        """The plan that a job with these options would get now, or with the fleet of a file."""
         options = options_from(PlanOptions, request)
         make = train_workload if options.objective == "train" else generate_workload
         workload = await asyncio.to_thread(make, options)
+        if options.what_if is not None:
+            asked = workload.plan_request(PLAN_ONLY, FIRST_EPOCH, options.devices)
+            return (await asyncio.to_thread(plan_for, options.what_if, asked)).to_json()
         record = JobRecord(PLAN_ONLY, "train", options.model, self._name, time.time())
         log = JobLog(record, self._folder / PLAN_ONLY)
         plan = await ask_coordinator(self._services, "job.plan", workload, log, options.devices)

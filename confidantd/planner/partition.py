@@ -17,30 +17,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from confidantd.ids import DeviceId
+from confidantd.planner.costs import ASSUMED_GFLOPS, PlanDevice, link_seconds, stage_seconds
 from confidantd.planner.memory import stage_memory
-from confidantd.planner.workload import Form, Workload, stage_flops
+from confidantd.planner.workload import Form, Workload
 
 EXHAUSTIVE_DEVICES = 5  # 325 orders; eight would be 109,600
 SUBSET_DEVICES = 8  # 3,592 orders
-ASSUMED_GFLOPS = 5.0  # of a device that has not been measured: a slow phone
-ASSUMED_MBPS = 50.0  # of a link that has not been measured: ordinary Wi-Fi
-ASSUMED_ROUND_TRIP_SECONDS = 0.005
 OWNER_FIRST_SHARE = 0.05  # the embedding stays with the owner unless that costs more
 TIE = 1e-9  # relative; times closer than this are rounding
-GENERATION_EFFICIENCY = 0.05  # products with one row are bound by memory, not arithmetic
-
-
-@dataclass(frozen=True, slots=True)
-class PlanDevice:
-    """A device as the planner sees it; `gflops` 0 and None are unmeasured."""
-
-    id: DeviceId
-    name: str
-    available_bytes: int
-    gflops: float
-    bandwidth_mbps: float | None = None
-    round_trip_seconds: float | None = None
-    backends: tuple[str, ...] = ("cpu",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,24 +69,6 @@ def cost(found: Partition, owner: DeviceId) -> float:
 
 def _text_factor(order: Sequence[PlanDevice], owner: DeviceId) -> float:
     return 1.0 if order[0].id == owner else 1.0 + OWNER_FIRST_SHARE
-
-
-def stage_seconds(
-    work: Workload, device: PlanDevice, layers: int, *, head: bool, form: Form = "saved"
-) -> float:
-    """Seconds of one microbatch (training) or one token (generation) on a device."""
-    gflops = device.gflops or ASSUMED_GFLOPS
-    if work.method is None:
-        gflops *= GENERATION_EFFICIENCY
-    return stage_flops(work, layers, head=head, form=form) / (gflops * 1e9)
-
-
-def link_seconds(work: Workload, first: PlanDevice, second: PlanDevice) -> float:
-    """Seconds that one activation takes from one device to another."""
-    mbps = min(d.bandwidth_mbps or ASSUMED_MBPS for d in (first, second))
-    trips = [d.round_trip_seconds for d in (first, second) if d.round_trip_seconds is not None]
-    latency = max(trips, default=ASSUMED_ROUND_TRIP_SECONDS) / 2
-    return 8 * work.activation_bytes / (mbps * 1e6) + latency
 
 
 def predicted_seconds(

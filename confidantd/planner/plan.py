@@ -9,15 +9,10 @@ from typing import Any
 
 from confidantd.errors import DeviceError, DoesNotFitError
 from confidantd.ids import DeviceId
+from confidantd.planner.costs import PlanDevice, link_cost, stage_cost, stage_seconds
 from confidantd.planner.memory import stage_memory
-from confidantd.planner.partition import (
-    Partition,
-    PlanDevice,
-    best_partition,
-    link_seconds,
-    predicted_seconds,
-    stage_seconds,
-)
+from confidantd.planner.partition import Partition, best_partition, predicted_seconds
+from confidantd.planner.simulate import simulate
 from confidantd.planner.workload import Form, Workload
 from confidantd.wire.stage import BackendShare
 
@@ -50,16 +45,20 @@ class StagePlan:
     backends: tuple[BackendShare, ...] = ()
     unmeasured: tuple[str, ...] = ()
     cpu_only: bool = False
+    forward_seconds: float = 0.0  # of a microbatch; the rest of `seconds` is its backward
 
 
 @dataclass(frozen=True, slots=True)
 class LinkPlan:
-    """What one step (or token) sends over a link, both ways, and the seconds of one microbatch."""
+    """What one step (or token) sends over a link, both ways, and the seconds of one microbatch:
+    until it has arrived, of which it occupies the link for `sending_seconds`.
+    """
 
     source: DeviceId
     target: DeviceId
     bytes: int
     seconds: float
+    sending_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +72,10 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The whole plan; `seconds` is predicted for a step (training) or a token (generation)."""
+    """The whole plan; `seconds` is predicted for a step (training) or a token (generation).
+
+    `microbatches` is 1 in generation.
+    """
 
     model: str
     objective: str
@@ -82,6 +84,7 @@ class Plan:
     left_out: tuple[LeftOut, ...]
     seconds: float
     tokens_per_second: float
+    microbatches: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """The object of the command-line contract."""
@@ -90,9 +93,16 @@ class Plan:
             "objective": self.objective,
             "stages": [_stage_json(stage) for stage in self.stages],
             "links": [
-                {"from": k.source, "to": k.target, "bytes": k.bytes, "seconds": k.seconds}
+                {
+                    "from": k.source,
+                    "to": k.target,
+                    "bytes": k.bytes,
+                    "seconds": k.seconds,
+                    "sending_seconds": k.sending_seconds,
+                }
                 for k in self.links
             ],
+            "microbatches": self.microbatches,
             "left_out": [
                 {"device": d.device, "name": d.name, "reason": d.reason} for d in self.left_out
             ],
@@ -116,8 +126,7 @@ def make_plan(
         raise _does_not_fit(work, devices, use_all=use_all)
     tokens = work.tokens * work.microbatches if work.method else 1
     stages = _stages(work, found)
-    forms = [stage.form for stage in stages]
-    seconds = predicted_seconds(work, found.devices, found.layers, forms)
+    seconds = _seconds(work, found, [stage.form for stage in stages])
     return Plan(
         model=work.model,
         objective="train" if work.method else "generate",
@@ -126,7 +135,23 @@ def make_plan(
         left_out=_left_out(work, devices, found),
         seconds=seconds,
         tokens_per_second=tokens / seconds,
+        microbatches=work.microbatches if work.method else 1,
     )
+
+
+def _seconds(work: Workload, found: Partition, forms: Sequence[Form]) -> float:
+    """Of a step as simulated, or of a token."""
+    if work.method is None:
+        return predicted_seconds(work, found.devices, found.layers)
+    last = len(found.devices) - 1
+    stages = [
+        stage_cost(work, device, layers, head=index == last, form=form)
+        for index, (device, layers, form) in enumerate(
+            zip(found.devices, found.layers, forms, strict=True)
+        )
+    ]
+    links = [link_cost(work, a, b) for a, b in itertools.pairwise(found.devices)]
+    return simulate(stages, links, work.microbatches).seconds
 
 
 def _stages(work: Workload, found: Partition) -> tuple[StagePlan, ...]:
@@ -161,6 +186,7 @@ def _stage(work: Workload, found: Partition, index: int, first: int) -> StagePla
         form=form,
         unmeasured=others if providers else (),
         cpu_only=bool(others) and not providers,
+        forward_seconds=stage_cost(work, device, layers, head=head, form=form).forward,
     )
 
 
@@ -175,8 +201,9 @@ def _ways(others: int) -> tuple[tuple[Form, int], ...]:
 def _links(work: Workload, found: Partition) -> tuple[LinkPlan, ...]:
     ways = 2 * work.microbatches if work.method else 1
     return tuple(
-        LinkPlan(a.id, b.id, ways * work.activation_bytes, link_seconds(work, a, b))
-        for a, b in zip(found.devices, found.devices[1:], strict=False)
+        LinkPlan(a.id, b.id, ways * work.activation_bytes, k.seconds + k.latency, k.seconds)
+        for a, b in itertools.pairwise(found.devices)
+        for k in [link_cost(work, a, b)]
     )
 
 
@@ -255,6 +282,7 @@ def _stage_json(stage: StagePlan) -> dict[str, Any]:
         "memory_bytes": stage.memory_bytes,
         "available_bytes": stage.available_bytes,
         "seconds": stage.seconds,
+        "forward_seconds": stage.forward_seconds,
         "form": stage.form,
         "backends": [
             {"name": share.name, "heads": share.heads, "columns": share.columns}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +10,8 @@ FLOAT_BYTES = 4
 RECOMPUTED_SHARE = 0.75  # of a forward; measured on a Llama block of 768
 Method = Literal["full", "lora"]
 Form = Literal["saved", "recompute"]
+# Forwards that forward and backward together cost: frozen weights need no gradient of their own.
+PASSES: Mapping[Method | None, float] = {"full": 3.0, "lora": 2.0, None: 1.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +65,10 @@ def stage_flops(work: Workload, layers: int, *, head: bool, form: Form = "saved"
     tokens = work.tokens if work.method else 1
     attention = 4 * work.sequence_length * work.heads * work.head_dim
     block = tokens * (2 * (work.block_parameters + work.block_adapter) + attention)
-    passes = {"full": 3.0, "lora": 2.0, None: 1.0}[work.method]
+    passes = PASSES[work.method]
     if work.method is not None and form == "recompute":
         passes += RECOMPUTED_SHARE
     flops = passes * layers * block
     if head:
-        head_passes = {"full": 3.0, "lora": 2.0, None: 1.0}[work.method]
-        flops += head_passes * 2 * tokens * work.hidden * work.vocabulary
+        flops += PASSES[work.method] * 2 * tokens * work.hidden * work.vocabulary
     return flops

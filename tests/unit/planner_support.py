@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from confidantd.ids import DeviceId, digest_of
-from confidantd.planner.partition import PlanDevice
+from confidantd.planner.costs import PlanDevice
 from confidantd.planner.workload import Method, Workload
 
 GIGABYTE = 1_000_000_000

@@ -1,0 +1,162 @@
+"""Fleets that are not here: a TOML file of devices and links, to plan for.
+
+mbps = 50                # of every device's radio, unless it says otherwise
+round_trip_ms = 5        # between any two devices
+
+[[device]]
+name = "phone"
+count = 3                # phone-1, phone-2, phone-3
+memory = "2G"            # what jobs may use
+gflops = 12              # float32 products, as `confidant doctor` measures them
+mbps = 20
+owner = true             # has the data; the first device if none says so
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from confidantd.config import parse_size
+from confidantd.errors import ConfigError, DeviceError, UsageError
+from confidantd.ids import DeviceId, digest_of
+from confidantd.jobs.plan_inputs import plan_workload
+from confidantd.planner.costs import PlanDevice
+from confidantd.planner.plan import Plan, make_plan
+from confidantd.wire.jobs import PlanRequest
+
+MOST_DEVICES = 512
+MOST_BYTES = 1024 * 1024  # of the file
+MAX_NAME_CHARACTERS = 64
+_FLEET = {"mbps", "round_trip_ms", "device"}
+_DEVICE = {"name", "count", "memory", "gflops", "mbps", "round_trip_ms", "owner"}
+_EXAMPLE = 'write [[device]] with name = "phone", memory = "2G" and gflops = 12'
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """Devices to plan for, and the one that has the data."""
+
+    devices: tuple[PlanDevice, ...]
+    owner: DeviceId
+
+    def only(self, names: tuple[str, ...]) -> Fleet:
+        """Just the named devices, all if there are none; DeviceError names an unknown one."""
+        if not names:
+            return self
+        by_name = {device.name: device for device in self.devices}
+        for name in names:
+            if name not in by_name:
+                raise DeviceError(f"there is no device {name[:64]} in the what-if file")
+        chosen = tuple(by_name[name] for name in dict.fromkeys(names))
+        owner = self.owner if any(d.id == self.owner for d in chosen) else chosen[0].id
+        return Fleet(chosen, owner)
+
+
+def read_fleet(path: str) -> Fleet:
+    """The fleet in a file; UsageError names the file and what is wrong in it."""
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise UsageError(f"{path} is over the limit of {MOST_BYTES} bytes")
+        return fleet_from(tomllib.loads(data.decode()))
+    except OSError as failure:
+        raise UsageError(f"the what-if file {path}: {failure.strerror}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as failure:
+        raise UsageError(f"{path} is not TOML ({failure})", _EXAMPLE) from None
+    except _WrongError as failure:
+        raise UsageError(f"{path}: {failure}", _EXAMPLE) from None
+
+
+class _WrongError(ValueError):
+    """What is wrong in a fleet."""
+
+
+def plan_for(path: str, request: PlanRequest) -> Plan:
+    """The plan for the fleet of a file, or for those of it that the request names."""
+    fleet = read_fleet(path).only(request.devices)
+    use_all = bool(request.devices)
+    return make_plan(plan_workload(request), fleet.devices, fleet.owner, use_all=use_all)
+
+
+def fleet_from(fields: Mapping[str, Any]) -> Fleet:
+    """The fleet of a parsed file; ValueError says what is wrong."""
+    _check_keys("the file", fields, _FLEET)
+    listed = fields.get("device")
+    if not isinstance(listed, list) or not listed:
+        raise _WrongError("there is no [[device]]")
+    common = {key: fields[key] for key in ("mbps", "round_trip_ms") if key in fields}
+    devices: list[PlanDevice] = []
+    owners: list[DeviceId] = []
+    for index, entry in enumerate(listed, 1):
+        if not isinstance(entry, dict):
+            raise _WrongError("write [[device]], not a list of values")
+        for device in _devices(index, {**common, **entry}):
+            if len(devices) == MOST_DEVICES:
+                raise _WrongError(f"more than {MOST_DEVICES} devices")
+            devices.append(device)
+            if _flag(device.name, entry):
+                owners.append(device.id)
+    if len(owners) > 1:
+        raise _WrongError("more than one device is the owner")
+    if len({device.name for device in devices}) < len(devices):
+        raise _WrongError("two devices have the same name")
+    return Fleet(tuple(devices), owners[0] if owners else devices[0].id)
+
+
+def _devices(index: int, entry: Mapping[str, Any]) -> Iterator[PlanDevice]:
+    """The devices of one entry."""
+    name = entry.get("name")
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_CHARACTERS:
+        raise _WrongError(f"device {index} has no name of 1 to {MAX_NAME_CHARACTERS} characters")
+    _check_keys(f"device {name}", entry, _DEVICE)
+    count = entry.get("count", 1)
+    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MOST_DEVICES:
+        raise _WrongError(f"device {name}: count is not a whole number of 1 to {MOST_DEVICES}")
+    try:
+        memory = parse_size(str(entry["memory"]))
+    except (KeyError, ConfigError):
+        raise _WrongError(f'device {name} has no memory like "2G" or "512M"') from None
+    gflops = _positive(name, entry, "gflops")
+    if gflops is None:
+        raise _WrongError(f"device {name} has no gflops, its speed")
+    trip = _positive(name, entry, "round_trip_ms")
+    for number in range(1, count + 1):
+        each = name if count == 1 else f"{name}-{number}"
+        yield PlanDevice(
+            id=DeviceId(digest_of(each.encode())),
+            name=each,
+            available_bytes=memory,
+            gflops=gflops,
+            bandwidth_mbps=_positive(name, entry, "mbps"),
+            round_trip_seconds=None if trip is None else trip / 1000,
+        )
+
+
+def _positive(name: str, entry: Mapping[str, Any], key: str) -> float | None:
+    value = entry.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _WrongError(f"device {name}: {key} is not a number")
+    if not 0 < value < math.inf:
+        raise _WrongError(f"device {name}: {key} must be over 0")
+    return float(value)
+
+
+def _flag(name: str, entry: Mapping[str, Any]) -> bool:
+    value = entry.get("owner", False)
+    if not isinstance(value, bool):
+        raise _WrongError(f"device {name}: owner is not true or false")
+    return value
+
+
+def _check_keys(where: str, fields: Mapping[str, Any], known: set[str]) -> None:
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise _WrongError(f"{where} has an unknown key {unknown[0][:40]!r}")
