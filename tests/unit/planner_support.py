@@ -17,8 +17,12 @@ def workload(
     microbatches: int = 4,
     sequence_length: int = 128,
     tied: bool = False,
+    saved_rows: int = 0,
 ) -> Workload:
-    """A Llama of 768 wide, 12 heads, MLP 2048, vocabulary 32,000."""
+    """A Llama of 768 wide, 12 heads, MLP 2048, vocabulary 32,000.
+
+    In the saved form a block keeps `saved_rows` times as much as its input.
+    """
     hidden, columns, vocabulary = 768, 2048, 32_000
     return Workload(
         model="m",
@@ -38,6 +42,7 @@ def workload(
         microbatches=microbatches,
         sequence_length=sequence_length,
         method=method,
+        saved_floats=saved_rows * microbatch_size * sequence_length * hidden,
     )
 
 

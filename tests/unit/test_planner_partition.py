@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from confidantd.ids import DeviceId
 from confidantd.planner.memory import stage_memory
+from confidantd.planner.options import FORMS
 from confidantd.planner.partition import (
     Partition,
     PlanDevice,
@@ -24,16 +25,17 @@ from tests.unit.planner_support import GIGABYTE, device, workload
 
 WORKLOADS = st.builds(
     workload,
-    layers=st.integers(1, 6),
+    layers=st.integers(1, 8),
     method=st.sampled_from(["full", "lora", None]),
     microbatch_size=st.integers(1, 3),
     microbatches=st.integers(1, 9),
     tied=st.booleans(),
+    saved_rows=st.integers(0, 60),
 )
 DEVICE_FIGURES = st.tuples(
     st.floats(1, 200), st.integers(100_000_000, 3 * GIGABYTE), st.sampled_from([None, 20.0, 900.0])
 )
-SWARMS = st.lists(DEVICE_FIGURES, min_size=1, max_size=3).map(
+SWARMS = st.lists(DEVICE_FIGURES, min_size=1, max_size=4).map(
     lambda figures: [device(f"d{i}", *figure) for i, figure in enumerate(figures)]
 )
 
@@ -42,25 +44,32 @@ def fits(work: Workload, found: Partition) -> bool:
     """Whether every stage stays within its device's memory."""
     last = len(found.devices) - 1
     return all(
-        stage_memory(work, layers, embedding=i == 0, head=i == last, stage=i, stages=last + 1).total
+        stage_memory(
+            work, layers, embedding=i == 0, head=i == last, stage=i, stages=last + 1, form=form
+        ).total
         <= holder.available_bytes
-        for i, (holder, layers) in enumerate(zip(found.devices, found.layers, strict=True))
+        for i, (holder, layers, form) in enumerate(
+            zip(found.devices, found.layers, found.forms, strict=True)
+        )
     )
 
 
 def everything(
     work: Workload, devices: Sequence[PlanDevice], *, use_all: bool
 ) -> Iterator[Partition]:
-    """Every partition that fits."""
+    """Every partition that fits, in all forms."""
     for size in [len(devices)] if use_all else range(1, len(devices) + 1):
         for order in itertools.permutations(devices, size):
-            for layers in itertools.product(range(1, work.layers + 1), repeat=size):
-                if sum(layers) == work.layers:
-                    found = Partition(order, layers, predicted_seconds(work, order, layers))
+            for ends in itertools.combinations(range(1, work.layers), size - 1):
+                layers = tuple(b - a for a, b in itertools.pairwise((0, *ends, work.layers)))
+                for forms in itertools.product(FORMS, repeat=size):
+                    seconds = predicted_seconds(work, order, layers, forms)
+                    found = Partition(order, layers, forms, seconds)
                     if fits(work, found):
                         yield found
 
 
+@settings(deadline=None, max_examples=60)
 @given(work=WORKLOADS, devices=SWARMS, use_all=st.booleans())
 def test_as_good_as_brute_force(work: Workload, devices: list[PlanDevice], use_all: bool) -> None:
     owner = devices[0].id
@@ -88,6 +97,36 @@ def test_more_memory_is_never_slower(
     if before is not None:
         assert after is not None
         assert cost(after, owner) <= cost(before, owner) * (1 + 1e-8)
+
+
+@given(work=WORKLOADS, devices=SWARMS, times=st.floats(1, 20), which=st.integers(0, 3))
+def test_a_faster_device_is_never_slower(
+    work: Workload, devices: list[PlanDevice], times: float, which: int
+) -> None:
+    owner, index = devices[0].id, which % len(devices)
+    before = best_partition(work, devices, owner, use_all=False)
+    faster = replace(devices[index], gflops=devices[index].gflops * times)
+    changed = [*devices[:index], faster, *devices[index + 1 :]]
+    after = best_partition(work, changed, owner, use_all=False)
+    assert (before is None) == (after is None)
+    if before is not None and after is not None:
+        assert cost(after, owner) <= cost(before, owner) * (1 + 1e-8)
+
+
+def test_what_is_computed_again_is_counted() -> None:
+    """Two devices hold the model recomputing; with a third one nothing is computed twice."""
+    work = workload(layers=6, microbatches=12, saved_rows=60)
+    small, owner = 1_200_000_000, device("a").id
+    two = best_partition(
+        work, [device(n, available_bytes=small) for n in "ab"], owner, use_all=True
+    )
+    three = best_partition(
+        work, [device(n, available_bytes=small) for n in "abc"], owner, use_all=True
+    )
+    assert two is not None
+    assert three is not None
+    assert "recompute" in two.forms
+    assert set(three.forms) == {"saved"}
 
 
 def test_equal_devices_share_equally() -> None:
