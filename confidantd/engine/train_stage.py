@@ -97,7 +97,7 @@ class TrainStage:
             self._blocks = self._scheduled = scheduled
             if self._spec.head and len(self._team.names) > 1:
                 self._split_head = SplitHead(
-                    self._spec, self._weights.head, self._team, memory.of_head(), split
+                    self._spec, self._weights.head, self._team, memory.of_head(), report, split
                 )
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from confidantd.engine.backends.base import Backend
+from confidantd.engine.backends.base import Backend, first_line
 from confidantd.engine.backends.registry import load_backends
 from confidantd.engine.split.team import LEFT_OUT, left_out_line
 from confidantd.errors import BackendError, StorageError
@@ -80,7 +80,7 @@ def _works(backend: Backend, report: PipeReport) -> bool:
         _left_out(backend.name, failure.message, report)
         return False
     except Exception as failure:  # noqa: BLE001  # code of a plugin: it may raise anything
-        _left_out(backend.name, f"{type(failure).__name__}: {failure}"[:200], report)
+        _left_out(backend.name, f"{type(failure).__name__}: {first_line(failure)}", report)
         return False
     return True
 

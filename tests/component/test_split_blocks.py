@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnxruntime.capi import onnxruntime_pybind11_state as failures
 
+from confidantd.config import Split
 from confidantd.engine.backends.base import Backend, DeviceKind, Probe, SessionSetting
 from confidantd.engine.backends.cpu import CpuBackend
 from confidantd.engine.split.profile import Bench, measure_together
@@ -260,3 +262,52 @@ def test_shares_that_come_out_wrong_are_found(tmp_path: Path) -> None:
         assert team.left_out == ["wrong"]
     finally:
         team.close()
+
+
+@pytest.mark.parametrize("split", ["auto", "always"])
+def test_what_is_remembered_is_checked_again(tmp_path: Path, split: Split) -> None:
+    """A driver may have changed since: alone (`auto`) and in shares."""
+    model = SplitModel(save_model("llama", tmp_path))
+    good = Failing(1_000_000)
+    good.name = "wrong"
+    heard = Heard()
+    for backend in (good, Wrong("dx")):
+        team = Team([CpuBackend(), backend], model.programs, 2, heard)
+        try:
+            if heard.kept is not None:
+                profile = json.loads(heard.kept)
+                profile["alone"][0]["forward_seconds"] = 1.0  # the CPU is slow
+                heard.kept = json.dumps(profile).encode()
+            blocks = ScheduledBlocks(model.spec, model.block, team, heard, heard, split)
+            assert largest_error(model.run(blocks), model.run(model.fused())) < TOLERANCE
+        finally:
+            team.close()
+    assert team.left_out == ["wrong"]
+    assert len(heard.notices) == 1
+    assert heard.names[-1] == ["cpu"]
+
+
+def test_weights_that_are_not_finite_are_no_backends_fault(tmp_path: Path) -> None:
+    """A run that diverged: the CPU gives nan, too, and nobody is left out for it."""
+    model = SplitModel(save_model("llama", tmp_path))
+    model.block.weights["o.weight"][...] = np.nan
+    heard = Heard()
+    team = Team([CpuBackend(), Failing(1_000_000)], model.programs, 2, heard)
+    try:
+        ScheduledBlocks(model.spec, model.block, team, heard, heard, "always")
+    finally:
+        team.close()
+    assert heard.notices == []
+    assert heard.names == [["cpu", "failing"]]
+
+
+def test_one_thread_is_not_shared_between_two(tmp_path: Path) -> None:
+    """A cap on threads holds, even where sharing is asked for."""
+    model = SplitModel(save_model("llama", tmp_path))
+    heard = Heard()
+    team = Team([CpuBackend(), Failing(1_000_000)], model.programs, 1, heard)
+    try:
+        ScheduledBlocks(model.spec, model.block, team, heard, heard, "always")
+    finally:
+        team.close()
+    assert len(heard.names[0]) == 1

@@ -55,7 +55,7 @@ def stage_of(model: ModelFolder, adapter: Adapter | None = None) -> DecodeStage:
     (spec,) = stage_specs(model, 1, training=None, lora=lora)
     programs = programs_for(request) | programs_for(split)
     read_adapter = None if adapter is None else adapter.reader()
-    return DecodeStage(spec, programs, reader(model.tensors), read_adapter, 1)
+    return DecodeStage(spec, programs, reader(model.tensors), read_adapter, 2)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from confidantd.config import Split
 from confidantd.engine.backends.base import Backend
 from confidantd.engine.backends.cpu import CpuBackend
 from confidantd.engine.split.head import SplitHead
-from confidantd.engine.split.head_ways import Way
+from confidantd.engine.split.head_ways import Way, to_json, ways_of
 from confidantd.engine.split.team import Team
 from confidantd.engine.trained_weights import Group, StageWeights
 from confidantd.errors import BackendError
@@ -22,7 +22,7 @@ from confidantd.models.spec import ProgramRequest
 from confidantd.wire.stage import StageSpec
 from tests.component.engine_models import ROWS, TOKENS, reader, save_model, stage_specs
 from tests.component.split_support import Heard
-from tests.component.test_split_blocks import Failing
+from tests.component.test_split_blocks import Failing, Wrong
 from tests.programs import programs_for
 
 TOLERANCE = 1e-5
@@ -53,7 +53,7 @@ class HeadModel:
         """A measured head, made to run one way."""
         for trained in self.head.trained.values():
             trained.clear()  # a stage is loaded without gradients
-        found = SplitHead(self.spec, self.head, team, self.heard, split)
+        found = SplitHead(self.spec, self.head, team, self.heard, self.heard, split)
         if way is not None:
             found._way = way
         return found
@@ -128,8 +128,24 @@ def test_only_the_backend_that_failed_is_left_out(model: HeadModel) -> None:
 
 
 def test_whole_heads_only_where_nothing_may_be_shared(model: HeadModel) -> None:
-    with model.team([CpuBackend(), Failing(1_000)]) as team:
-        assert model.split(team, None, "never")._way.alone
+    """Of remembered times in which sharing is fastest."""
+    backends = [CpuBackend(), Failing(1_000)]
+    names = ("cpu", "failing")
+    ways = tuple(ways_of(ROWS, names))
+    for split in ("auto", "never"):
+        model.heard.kept = to_json(ways, [0.2 if way.alone else 0.1 for way in ways])
+        with model.team(backends) as team:
+            assert model.split(team, None, split)._way.alone == (split == "never")
+
+
+def test_a_way_that_comes_out_wrong_now_is_not_taken(model: HeadModel) -> None:
+    """It was right when it was measured, under another driver."""
+    wanted = whole(model)
+    wrong = Wrong("dx")
+    ways = tuple(ways_of(ROWS, ("cpu", "wrong")))
+    model.heard.kept = to_json(ways, [0.2 if way.alone else 0.1 for way in ways])
+    with model.team([CpuBackend(), wrong]) as team:
+        assert_equal(model.run(model.split(team, None)), wanted)
 
 
 def test_what_was_measured_is_remembered(model: HeadModel) -> None:

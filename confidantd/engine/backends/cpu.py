@@ -44,7 +44,9 @@ class CpuBackend:
         return Probe(onnxruntime.__version__, (BackendDevice(processor_name(), "cpu"),))
 
     def session(self, program: Path, setting: SessionSetting) -> onnxruntime.InferenceSession:
-        """Raises CorruptFileError for a broken file, BackendError for an unsupported operator."""
+        """Raises CorruptFileError for a broken file, BackendError for an unsupported operator,
+        MemoryError where there is none left.
+        """
         _share_arena()
         options = base_options(setting)
         options.add_session_config_entry("session.use_env_allocators", "1")
@@ -78,8 +80,10 @@ def _share_arena() -> None:
     onnxruntime.create_and_register_allocator(place, onnxruntime.OrtArenaCfg(exact))
 
 
-def _translated(program: Path, failure: Exception) -> BackendError | CorruptFileError:
+def _translated(program: Path, failure: Exception) -> Exception:
     reason = first_line(failure)
+    if "bad_alloc" in reason or "allocate" in reason:
+        return MemoryError(f"{program.name}: {reason}")
     if isinstance(failure, failures.NotImplemented) or any(part in reason for part in _UNSUPPORTED):
         return BackendError(
             f"the backend cpu cannot run {program.name} ({reason})",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 from dataclasses import dataclass
+from typing import get_args
 
-from confidantd.engine.backends.base import Backend, first_line
+from confidantd.engine.backends.base import Backend, DeviceKind, first_line
 from confidantd.engine.backends.cpu import CpuBackend
 from confidantd.errors import BackendError
 
@@ -66,4 +67,10 @@ def _load(entry: importlib.metadata.EntryPoint) -> Backend:
             f"({type(failure).__name__}: {first_line(failure)})",
             f"install it again, or pip uninstall {package}",
         ) from failure
+    if getattr(backend, "kind", None) not in get_args(DeviceKind):
+        package = entry.dist.name if entry.dist else entry.value
+        raise BackendError(
+            f"the plugin {package} does not say what processor {entry.name} is on",
+            f"update {package}",
+        )
     return backend

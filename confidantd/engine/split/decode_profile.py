@@ -20,7 +20,7 @@ from confidantd.engine.split.blocks import ATTENTION, MLP
 from confidantd.engine.split.decode import ATTENTION_PROGRAM, SplitDecode
 from confidantd.engine.split.plan import make_parts
 from confidantd.engine.split.profile import compositions, placement_of
-from confidantd.engine.split.proof import Sampled, check, sampled
+from confidantd.engine.split.proof import Sampled, check, sampled, wrong_ones
 from confidantd.engine.split.samples import Samples, Shares
 from confidantd.engine.split.team import Report, Team
 from confidantd.engine.tensors import Floats
@@ -116,7 +116,7 @@ def _together(bench: DecodeBench, team: Team, report: Report, right: Sampled) ->
     for done, shares in enumerate(found):
         report.measuring(done, len(found))
         runner = _runner(bench, team, names, shares)
-        _leave_out_wrong_shares(bench, team, names, shares, right)
+        leave_out_wrong(bench, team, names, shares, runner, right)
         for index in range(1 + ROUNDS):
             for name in names:
                 seconds = _whole(bench, team, name)
@@ -125,20 +125,31 @@ def _together(bench: DecodeBench, team: Team, report: Report, right: Sampled) ->
                 wall_seconds = bench.time(runner, layer)
                 if index:
                     samples.record(runner, shares, wall_seconds)
-        team.drop_parts(names)
+        team.drop_parts()
+        if set(team.left_out) & set(names):
+            break  # it is measured again without it
     report.measuring(len(found), len(found))
     whole = tuple(Alone(name, statistics.median(alone[name] or [0.0]), 0.0) for name in names)
     return BlockProfile(whole, _curves(samples, names))
 
 
-def _leave_out_wrong_shares(
-    bench: DecodeBench, team: Team, names: Sequence[str], shares: Shares, right: Sampled
+def leave_out_wrong(
+    bench: DecodeBench,
+    team: Team,
+    names: Sequence[str],
+    shares: Shares,
+    runner: DecodeRunner,
+    right: Sampled,
 ) -> None:
-    for name in names[1:]:
-        try:
-            check(name, bench.results(_runner(bench, team, names, shares, name)), right)
-        except BackendError as failure:
-            team.leave_out(name, failure)
+    """Leave out whose shares of `runner` come out wrong."""
+    found = wrong_ones(
+        names,
+        lambda: bench.results(runner),
+        lambda name: bench.results(_runner(bench, team, names, shares, name)),
+        right,
+    )
+    for name, failure in found.items():
+        team.leave_out(name, failure)
 
 
 def _whole(bench: DecodeBench, team: Team, name: str) -> list[float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
@@ -20,20 +21,20 @@ from confidantd.config import Split
 from confidantd.engine.backends.cpu import CpuBackend
 from confidantd.engine.program import EngineProgram
 from confidantd.engine.split.choice import Memory
-from confidantd.engine.split.head_ways import Way, remembered_seconds, to_json, ways_of
+from confidantd.engine.split.head_ways import Way, best_way, remembered_seconds, to_json, ways_of
 from confidantd.engine.split.parts import BackendPrograms
 from confidantd.engine.split.proof import Sampled, check, sampled
-from confidantd.engine.split.team import NO_COUNT, Team
+from confidantd.engine.split.team import NO_COUNT, Report, Team
 from confidantd.engine.tensors import Floats
 from confidantd.engine.trained_weights import Group
 from confidantd.errors import BackendError
 from confidantd.models.parts import ROWS
-from confidantd.planner.heads import LEAST_GAIN
 from confidantd.wire.stage import StageSpec
 
 UNIT = "head"
 PROGRAM = f"{UNIT}_backward"
 ROUNDS = 2
+BUDGET_SECONDS = 60.0
 
 Array = NDArray[Any]
 Outputs = dict[str, Array]
@@ -47,35 +48,71 @@ class SplitHead:
     """
 
     def __init__(
-        self, spec: StageSpec, head: Group, team: Team, memory: Memory, split: Split = "auto"
+        self,
+        spec: StageSpec,
+        head: Group,
+        team: Team,
+        memory: Memory,
+        report: Report,
+        split: Split = "auto",
     ) -> None:
         self._team = team
-        ways = tuple(ways_of(spec.microbatch_size, team.names))
+        ways = tuple(
+            way
+            for way in ways_of(spec.microbatch_size, team.names)
+            if way.alone or team.can_split(PROGRAM)
+        )
+        right = self._results(ways[0], spec, head)
         seconds = remembered_seconds(memory, ways)
         if seconds is None:
-            right = self._results(ways[0], spec, head)
-            seconds = [self._measure(way, spec, head, right) for way in ways]
-            if None not in seconds:
-                memory.write(to_json(ways, seconds))
-        measured = zip(ways, seconds, strict=True)
-        worked = [(way, s) for way, s in measured if s is not None]
-        alone = min((w for w in worked if w[0].alone), key=lambda w: w[1])
-        best = alone if split == "never" else min(worked, key=lambda w: w[1])
-        self._way = best[0] if best[1] < (1 - LEAST_GAIN) * alone[1] else alone[0]
+            seconds = self._measured(ways, spec, head, right, report)
+            memory.write(to_json(ways, seconds))
+        self._way = best_way(ways, seconds, split)
+        if self._way != ways[0] and not self._is_right(self._way, spec, head, right):
+            self._way = ways[0]  # it was right under another driver
+
+    def _measured(
+        self,
+        ways: Sequence[Way],
+        spec: StageSpec,
+        head: Group,
+        right: Sampled,
+        report: Report,
+    ) -> list[float | None]:
+        """Seconds of each way; None where one failed, or time was up."""
+        found: list[float | None] = []
+        began = time.perf_counter()
+        for done, way in enumerate(ways):
+            report.measuring(done, len(ways))
+            in_time = way == ways[0] or time.perf_counter() - began < BUDGET_SECONDS
+            found.append(self._measure(way, spec, head, right) if in_time else None)
+        report.measuring(len(ways), len(ways))
+        return found
+
+    def _is_right(self, way: Way, spec: StageSpec, head: Group, right: Sampled) -> bool:
+        try:
+            check("head", self._results(way, spec, head), right)
+        except BackendError:
+            return False
+        return True
 
     def _measure(self, way: Way, spec: StageSpec, head: Group, right: Sampled) -> float | None:
         """Seconds of one run; None where a backend failed, or what it gave is not `right`."""
         team, times = self._team, []
         try:
-            check("together", self._results(way, spec, head), right)
+            results = self._results(way, spec, head)
+            if way.shares[0] != (CpuBackend.name, spec.microbatch_size):
+                check("head", results, right)
             for _ in range(ROUNDS):
                 started = time.perf_counter()
                 self._results(way, spec, head)
                 times.append(time.perf_counter() - started)
         except BackendError:
+            if way.shares[0] == (CpuBackend.name, spec.microbatch_size):
+                raise
             return None
         finally:  # the programs of all ways would take several times the memory of the head
-            team.drop_parts(team.names)
+            team.drop_parts()
             for name in team.names:
                 team.whole(name).drop_all_but({UNIT: NO_COUNT})
         return statistics.median(times)

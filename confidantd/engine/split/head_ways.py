@@ -7,12 +7,14 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
+from confidantd.config import Split
 from confidantd.engine.split.choice import Memory
+from confidantd.planner.heads import LEAST_GAIN
 
 MOST_WAYS = 6  # compositions of rows that are measured
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class Way:
     """Backends and their rows; with `alone` the one backend has all rows, and all threads."""
 
@@ -46,3 +48,11 @@ def ways_of(rows: int, names: tuple[str, ...]) -> Iterator[Way]:
     shared.sort(key=lambda shares: sum(share * share for share in shares))
     for shares in shared[:MOST_WAYS]:
         yield Way(tuple(zip(names, shares, strict=True)))
+
+
+def best_way(ways: Sequence[Way], seconds: Sequence[float | None], split: Split) -> Way:
+    """The fastest one; shared only where that gains enough, and never if `split` says so."""
+    worked = [(s, way) for way, s in zip(ways, seconds, strict=True) if s is not None]
+    alone = min((s, way) for s, way in worked if way.alone)
+    best = alone if split == "never" else min(worked)
+    return best[1] if best[0] < (1 - LEAST_GAIN) * alone[0] else alone[1]

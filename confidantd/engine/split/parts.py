@@ -111,8 +111,8 @@ def places(kinds: Sequence[DeviceKind], threads: int, cores: Sequence[int]) -> l
     """Where backends on processors of these kinds work at the same time.
 
     Those on the CPU share its cores and threads as evenly as they go. One on another
-    processor needs a thread that feeds it: where there are cores enough, on a core of its
-    own, and else on any.
+    processor needs a thread that feeds it: where there are cores enough, on one of the last
+    in `cores`, and else on any.
     """
     on_cpu = kinds.count("cpu")
     feeding = len(kinds) - on_cpu
@@ -134,5 +134,17 @@ def places(kinds: Sequence[DeviceKind], threads: int, cores: Sequence[int]) -> l
 
 
 def own_cores() -> list[int]:
-    """The cores that this process may use; none where the system does not tell."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    """The cores that this process may use, the strongest first; none where the system does not
+    tell.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return []
+    return sorted(os.sched_getaffinity(0), key=lambda core: (-_capacity(core), core))
+
+
+def _capacity(core: int) -> int:
+    """What Linux says of cores that differ, as those of phones do: 1024 is the strongest."""
+    try:
+        return int(Path(f"/sys/devices/system/cpu/cpu{core}/cpu_capacity").read_text())
+    except (OSError, ValueError):
+        return 1024

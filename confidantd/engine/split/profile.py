@@ -18,7 +18,7 @@ from confidantd.engine.backends.cpu import CpuBackend
 from confidantd.engine.blocks import BlockRunner
 from confidantd.engine.split.blocks import ATTENTION, MLP, SplitBlocks
 from confidantd.engine.split.plan import Placement, make_parts
-from confidantd.engine.split.proof import Sampled, check, sampled
+from confidantd.engine.split.proof import Sampled, check, sampled, wrong_ones
 from confidantd.engine.split.samples import Samples, Shares
 from confidantd.engine.split.team import Report, Team
 from confidantd.engine.tensors import Floats
@@ -80,7 +80,11 @@ def measure(bench: Bench, team: Team, report: Report, *, always: bool = False) -
     A backend that fails, or computes something else than the CPU's, is left out.
     """
     right = bench.results(team.fused(CpuBackend.name))
-    alone = [a for name in team.names if (a := _alone(bench, team, name, right)) is not None]
+    alone = []
+    for done, name in enumerate(team.names):
+        report.measuring(done, len(team.names))
+        if (found := _alone(bench, team, name, right)) is not None:
+            alone.append(found)
     profile = BlockProfile(tuple(alone), None)
     if min(a.seconds for a in alone) < LEAST_BLOCK_SECONDS and not always:
         return profile
@@ -97,9 +101,13 @@ def _alone(bench: Bench, team: Team, name: str, right: Sampled) -> Alone | None:
     """The whole block on one backend, the others idle."""
     try:
         runner = team.fused(name)
-        check(name, bench.results(runner), right)
+        if name != CpuBackend.name:
+            check(name, bench.results(runner), right)
+        bench.time(runner)
         times = [bench.time(runner) for _ in range(ROUNDS)]
     except BackendError as failure:
+        if name == CpuBackend.name:
+            raise
         team.leave_out(name, failure)
         return None
     forward, backward = (statistics.median(t) for t in zip(*times, strict=True))
@@ -125,13 +133,15 @@ def measure_together(
     for done, shares in enumerate(found):
         report.measuring(done, len(found))
         blocks = _blocks(bench, team, names, shares)
-        if right is not None and not _is_right(bench, blocks, right):
-            _leave_out_wrong(bench, team, names, shares, right)
+        if right is not None:
+            leave_out_wrong(bench, team, names, shares, blocks, right)
         bench.time(blocks)
         for _ in range(rounds):
             samples.record(blocks, shares, sum(bench.time(blocks)))
         # the programs of all compositions would take several times the memory of a block
-        team.drop_parts(names)
+        team.drop_parts()
+        if set(team.left_out) & set(names):
+            break  # what was measured is of no use: it is measured again without it
     report.measuring(len(found), len(found))
     again = bench.spec.form == "recompute"
     return BlockCurves(
@@ -141,23 +151,23 @@ def measure_together(
     )
 
 
-def _is_right(bench: Bench, blocks: SplitBlocks, right: Sampled) -> bool:
-    try:
-        check("together", bench.results(blocks), right)
-    except BackendError:
-        return False
-    return True
-
-
-def _leave_out_wrong(
-    bench: Bench, team: Team, names: Sequence[str], shares: Shares, right: Sampled
+def leave_out_wrong(
+    bench: Bench,
+    team: Team,
+    names: Sequence[str],
+    shares: Shares,
+    blocks: BlockRunner,
+    right: Sampled,
 ) -> None:
-    """Find out whose shares come out wrong: all others' are computed by the CPU."""
-    for name in names[1:]:
-        try:
-            check(name, bench.results(_blocks(bench, team, names, shares, name)), right)
-        except BackendError as failure:
-            team.leave_out(name, failure)
+    """Leave out whose shares of `blocks` come out wrong."""
+    found = wrong_ones(
+        names,
+        lambda: bench.results(blocks),
+        lambda name: bench.results(_blocks(bench, team, names, shares, name)),
+        right,
+    )
+    for name, failure in found.items():
+        team.leave_out(name, failure)
 
 
 def _blocks(

@@ -11,9 +11,10 @@ from __future__ import annotations
 from confidantd.config import Split
 from confidantd.engine.backends.cpu import CpuBackend
 from confidantd.engine.blocks import BlockRunner, FusedBlocks, Saved
-from confidantd.engine.split.blocks import SplitBlocks
+from confidantd.engine.split.blocks import ATTENTION, MLP, SplitBlocks
 from confidantd.engine.split.choice import Memory, announce, chosen_parts, remembered
-from confidantd.engine.split.profile import Bench, measure
+from confidantd.engine.split.profile import Bench, leave_out_wrong, measure
+from confidantd.engine.split.proof import check
 from confidantd.engine.split.team import Report, Team
 from confidantd.engine.tensors import Floats
 from confidantd.engine.trained_weights import Group
@@ -42,14 +43,17 @@ class ScheduledBlocks:
         self._split_when = split
         self._team = team
         self._report = report
+        self._bench = Bench.of(spec, block)
         found = remembered(memory, team, split)
         if found is None:
-            found = measure(Bench.of(spec, block), team, report, always=split == "always")
+            found = measure(self._bench, team, report, always=split == "always")
             if not team.left_out:
                 memory.write(to_json(found))
         self._profile = self._first_profile = found
+        self._runner: FusedBlocks | SplitBlocks
         self._steps_to_retry, self._retry_steps = 0, RETRY_STEPS
         self._adopt(self._best())
+        team.take_seconds()  # what was measured is no step's
 
     def _best(self) -> BlockSplit:
         block = self._spec.model.block
@@ -57,17 +61,44 @@ class ScheduledBlocks:
         return choose_block(self._profile, block.kv_heads, block.columns, when)
 
     def _adopt(self, choice: BlockSplit) -> None:
-        """Run this way from now on."""
+        """Run this way from now on, or without a backend that computes something else in it:
+        what is remembered was right under another driver, or with other shares.
+        """
+        before = len(self._team.left_out)
+        self._runner = self._made(choice)
+        self._leave_out_wrong(choice)
+        self._runner.take_backward_seconds()  # of the check
         self._profile = self._profile.without(self._team.left_out)
+        if len(self._team.left_out) > before:
+            self._adopt(self._best())
+            return
         self._left_out = len(self._team.left_out)
         self._choice, self._drift = choice, Drift()
-        self._runner: FusedBlocks | SplitBlocks
-        # what was only measured takes memory that the stage was not granted
-        if choice.alone:
-            self._team.drop_parts(self._team.names)
-        self._team.drop_whole(kept=choice.alone)
-        self._runner = self._fused(choice.alone) if choice.alone else self._split(choice)
         announce(choice, self._spec.model.block, self._report)
+
+    def _made(self, choice: BlockSplit) -> FusedBlocks | SplitBlocks:
+        # what was only measured takes memory that the stage was not granted
+        self._team.drop_whole(kept=choice.alone)
+        if choice.alone:
+            self._team.drop_parts()
+            return self._fused(choice.alone)
+        return self._split(choice)
+
+    def _leave_out_wrong(self, choice: BlockSplit) -> None:
+        """Leave out what gives something else on one block than the CPU alone."""
+        if choice.alone == CpuBackend.name:
+            return
+        right = self._bench.results(self._team.fused(CpuBackend.name))
+        if choice.alone is None:
+            shares = {ATTENTION: choice.attention, MLP: choice.mlp}
+            runner, names = self._runner, choice.backends
+            leave_out_wrong(self._bench, self._team, names, shares, runner, right)
+        elif choice.alone not in self._team.left_out:
+            try:
+                check(choice.alone, self._bench.results(self._runner), right)
+            except BackendError as failure:
+                self._team.leave_out(choice.alone, failure)
+        self._team.drop_whole(kept=choice.alone)
 
     def _fused(self, name: str) -> FusedBlocks:
         try:

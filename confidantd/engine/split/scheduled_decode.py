@@ -12,13 +12,16 @@ from confidantd.config import Split
 from confidantd.engine.backends.cpu import CpuBackend
 from confidantd.engine.decode_blocks import BLOCK_PROGRAM, DecodeRunner, FusedDecode
 from confidantd.engine.kv_cache import SequenceCache
+from confidantd.engine.split.blocks import ATTENTION, MLP
 from confidantd.engine.split.choice import Memory, announce, chosen_parts, remembered
 from confidantd.engine.split.decode import SplitDecode
-from confidantd.engine.split.decode_profile import DecodeBench, measure_decode
+from confidantd.engine.split.decode_profile import DecodeBench, leave_out_wrong, measure_decode
+from confidantd.engine.split.proof import check
 from confidantd.engine.split.team import Report, Team
 from confidantd.engine.tensors import Floats
 from confidantd.engine.trained_weights import Group
 from confidantd.errors import BackendError
+from confidantd.planner.heads import BlockSplit
 from confidantd.planner.split_choice import BlockProfile, choose_block, to_json
 from confidantd.wire.stage import StageSpec
 
@@ -38,35 +41,60 @@ class ScheduledDecode:
         split: Split = "auto",
     ) -> None:
         self._model = spec.model
+        self._bench = DecodeBench.of(spec, blocks)
         self._split = split
         self._team = team
         self._report = report
+        self._runner: DecodeRunner
         found = remembered(memory, team, split)
         if found is None:
-            bench = DecodeBench.of(spec, blocks)
-            found = measure_decode(
-                bench, team, report, 0.0 if split == "always" else LEAST_BLOCK_SECONDS
-            )
+            least = 0.0 if split == "always" else LEAST_BLOCK_SECONDS
+            found = measure_decode(self._bench, team, report, least)
             if not team.left_out:
                 memory.write(to_json(found))
         self._adopt(found)
 
     def _adopt(self, profile: BlockProfile) -> None:
-        """Choose between the backends that are left, and run this way from now on."""
-        self._left_out = len(self._team.left_out)
+        """Choose between the backends that are left, and run this way from now on; again
+        without one that computes something else in it.
+        """
+        before = len(self._team.left_out)
         self._profile = profile.without(self._team.left_out)
         block = self._model.block
         choice = choose_block(self._profile, block.kv_heads, block.columns, self._split)
         self._alone = choice.alone
-        self._team.drop_whole(kept=choice.alone)
-        self._runner: DecodeRunner
-        if choice.alone is None:
-            parts = chosen_parts(choice, self._model, None, self._team)
-            self._runner = SplitDecode(parts, self._team.cpu, self._team.leave_out)
-        else:
-            self._team.drop_parts(self._team.names)
-            self._runner = self._fused(choice.alone)
+        self._runner = self._made(choice)
+        self._leave_out_wrong(choice)
+        if len(self._team.left_out) > before:
+            self._adopt(self._profile)
+            return
+        self._left_out = before
         announce(choice, block, self._report)
+
+    def _made(self, choice: BlockSplit) -> DecodeRunner:
+        # what was only measured takes memory that the stage was not granted
+        self._team.drop_whole(kept=choice.alone)
+        if choice.alone is not None:
+            self._team.drop_parts()
+            return self._fused(choice.alone)
+        parts = chosen_parts(choice, self._model, None, self._team)
+        return SplitDecode(parts, self._team.cpu, self._team.leave_out)
+
+    def _leave_out_wrong(self, choice: BlockSplit) -> None:
+        """Leave out what gives something else on one block than the CPU alone."""
+        if choice.alone == CpuBackend.name or choice.alone in self._team.left_out:
+            return
+        right = self._bench.results(self._fused(CpuBackend.name))
+        if choice.alone is None:
+            shares = {ATTENTION: choice.attention, MLP: choice.mlp}
+            runner, names = self._runner, choice.backends
+            leave_out_wrong(self._bench, self._team, names, shares, runner, right)
+        else:
+            try:
+                check(choice.alone, self._bench.results(self._runner), right)
+            except BackendError as failure:
+                self._team.leave_out(choice.alone, failure)
+        self._team.drop_whole(kept=choice.alone)
 
     def _fused(self, name: str) -> FusedDecode:
         try:

@@ -49,7 +49,9 @@ class Team:
     def __init__(
         self, backends: Sequence[Backend], paths: Mapping[str, Path], threads: int, report: Report
     ) -> None:
-        found = places([b.kind for b in backends], threads, own_cores())
+        self._kinds = {b.name: b.kind for b in backends}
+        self._allowed = threads
+        found = places(list(self._kinds.values()), threads, own_cores())
         self._paths = paths
         self._report = report
         self.cpu = BackendPrograms(CpuBackend(), paths, threads)
@@ -96,20 +98,25 @@ class Team:
                     ended = self._fused.pop(name).busy_seconds
                     self._ended[name] = self._ended.get(name, 0.0) + ended
 
-    def drop_parts(self, names: Sequence[str]) -> None:
-        """Forget the programs of shares."""
-        for name in names:
-            self._parts[name].drop_all_but(dict.fromkeys(UNITS, NO_COUNT))
+    def drop_parts(self) -> None:
+        """Forget the programs of shares, those too with which the CPU stood in for a backend."""
+        for programs in (*self._parts.values(), self.cpu):
+            programs.drop_all_but(dict.fromkeys(UNITS, NO_COUNT))
 
     def can_split(self, program: str) -> bool:
-        """Whether there are several backends and the stage was given programs of parts."""
-        return len(self.names) > 1 and program in self._paths
+        """Whether there are several backends, a thread for each of them that is on the CPU, and
+        the stage was given programs of parts.
+        """
+        on_cpu = sum(self._kinds[name] == "cpu" for name in self.names)
+        return len(self.names) > 1 and on_cpu <= self._allowed and program in self._paths
 
     def leave_out(self, name: str, failure: BackendError) -> None:
-        """Go on without a backend; said once."""
+        """Go on without a backend, and free what it holds; said once."""
         if name in self.left_out:
             return
         self.left_out.append(name)
+        for programs in (self._parts[name], self._whole[name]):
+            programs.drop_all_but(dict.fromkeys((*UNITS, FusedBlocks.UNIT), NO_COUNT))
         self._report.notice(LEFT_OUT, left_out_line(name, failure.message))
 
     def take_seconds(self) -> dict[str, float]:
