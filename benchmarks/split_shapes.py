@@ -167,12 +167,14 @@ class SplitBench:
 
 
 def scheduled(hidden: int, backends: Sequence[Backend], rounds: int, seconds: float) -> Shape:
-    """A block the way the scheduler answers, which may be one backend alone, and each alone."""
+    """A block the way the scheduler answers, and each backend alone: both with all threads, one
+    for each backend, as a device without a second backend would use them.
+    """
     case = BlockCase.make(hidden)
     bench, heard = case.bench, Quiet()
-    team = Team(backends, case.programs, 1, heard)
+    team = Team(backends, case.programs, len(backends), heard)
     blocks = ScheduledBlocks(bench.spec, bench.block, team, Forgetful(), heard)
-    single = Team(backends, case.programs, 1, heard)
+    single = Team(backends, case.programs, len(backends), heard)
     alone = {name: single.fused(name) for name in single.names}
     sides = {"split": Side(lambda: bench.time(blocks))}
     for name, runner in alone.items():
