@@ -7,8 +7,9 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from confidantd.planner.costs import PlanDevice, link_cost, stage_seconds
+from confidantd.planner.costs import PlanDevice, link_cost, stage_cost
 from confidantd.planner.memory import stage_memory
+from confidantd.planner.simulate import LinkCost
 from confidantd.planner.workload import Form, Workload
 
 FORMS: tuple[Form, ...] = ("saved", "recompute")  # the faster one first
@@ -16,9 +17,12 @@ FORMS: tuple[Form, ...] = ("saved", "recompute")  # the faster one first
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """Seconds of a microbatch (or token) with some number of layers, and the form that fits."""
+    """Seconds of a microbatch (or token) with some number of layers, those of its forward, and
+    the form that fits.
+    """
 
     seconds: float
+    forward: float
     form: Form
 
 
@@ -40,10 +44,9 @@ class Options:
         found: list[Option] = []
         for form in FORMS:
             fit = self._fitting(holder, place, form)
-            each = stage_seconds(self._work, holder, 1, head=False, form=form)
-            first = stage_seconds(self._work, holder, 1, head=head, form=form)
-            more = range(len(found) + 1, fit + 1)
-            found += [Option(first + (layers - 1) * each, form) for layers in more]
+            for layers in range(len(found) + 1, fit + 1):
+                cost = stage_cost(self._work, holder, layers, head=head, form=form)
+                found.append(Option(cost.forward + cost.backward, cost.forward, form))
         return tuple(found)
 
     def _fitting(self, device: PlanDevice, place: int, form: Form) -> int:
@@ -58,7 +61,5 @@ class Options:
         possible = range(1, self._most + 1)
         return bisect.bisect_right(possible, device.available_bytes, key=memory_of)
 
-    def _link(self, first: int, second: int) -> float:
-        """Seconds until an activation has arrived."""
-        cost = link_cost(self._work, self._devices[first], self._devices[second])
-        return cost.seconds + cost.latency
+    def _link(self, first: int, second: int) -> LinkCost:
+        return link_cost(self._work, self._devices[first], self._devices[second])

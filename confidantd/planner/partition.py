@@ -15,9 +15,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from confidantd.ids import DeviceId
-from confidantd.planner.costs import ASSUMED_GFLOPS, PlanDevice, link_seconds, stage_seconds
+from confidantd.planner.costs import ASSUMED_GFLOPS, PlanDevice, link_cost, stage_cost
+from confidantd.planner.pace import NOTHING, before, behind, step_seconds
 from confidantd.planner.search import Search
 from confidantd.planner.workload import Form, Workload
+from confidantd.schedule.one_f_one_b import in_flight
 
 EXACT_DEVICES = 8
 OWNER_FIRST_SHARE = 0.05  # the embedding stays with the owner unless that costs more
@@ -56,8 +58,7 @@ def _better_and_better(
     enough = math.inf
     for chosen, choices in _pipelines(work, devices, owner, use_all=use_all):
         factors = [_text_factor(device, owner) for device in chosen]
-        search = Search(work, chosen, len(choices), choices, factors)
-        found = search.fastest(enough)
+        found = Search(work, chosen, choices, factors).fastest(enough)
         if found is None:
             continue
         label, enough = found
@@ -83,24 +84,29 @@ def predicted_seconds(
     layers: Sequence[int],
     forms: Sequence[Form] = (),
 ) -> float:
-    """Step time: fill and drain once, then the bottleneck for every further microbatch.
+    """Seconds of a step in closed form (`pace`), or of a token.
 
     Every stage is in saved form unless `forms` says otherwise.
     """
-    all_saved: Sequence[Form] = ["saved"] * len(order)
+    forms = forms or ["saved"] * len(order)
     last = len(order) - 1
-    stages = [
-        stage_seconds(work, device, count, head=index == last, form=form)
-        for index, (device, count, form) in enumerate(
-            zip(order, layers, forms or all_saved, strict=True)
-        )
+    links = [link_cost(work, a, b) for a, b in itertools.pairwise(order)]
+    costs = [
+        stage_cost(work, device, count, head=index == last, form=form)
+        for index, (device, count, form) in enumerate(zip(order, layers, forms, strict=True))
     ]
-    links = [link_seconds(work, a, b) for a, b in itertools.pairwise(order)]
     if work.method is None:
-        back = [link_seconds(work, order[-1], order[0])] if links else []
-        return sum([*stages, *links, *back])
-    # the two directions of a link overlap
-    return sum(stages) + 2 * sum(links) + (work.microbatches - 1) * max(*stages, *links, 0.0)
+        back = [link_cost(work, order[-1], order[0])] if links else []
+        ways = sum(link.seconds + link.latency for link in (*links, *back))
+        return ways + sum(cost.forward + cost.backward for cost in costs)
+    count, suffix = work.microbatches, NOTHING
+    for index in range(last, -1, -1):
+        if index < last:
+            suffix = behind(suffix, links[index], count)
+        cost = costs[index]
+        flying = in_flight(index, last + 1, count)
+        suffix = before(suffix, cost.forward, cost.forward + cost.backward, flying, count)
+    return step_seconds(suffix, count)
 
 
 _Pipelines = Iterator[tuple[list[PlanDevice], list[list[int]]]]

@@ -1,36 +1,41 @@
 """Exact search for the fastest partition: dynamic programming over layers, places and devices.
 
-A label is a pipeline's beginning: which devices it uses, which one is last, how many layers
-they hold, the sum of their times and the slowest of them. Of labels that agree in the first
-three, only those count that no other one beats in both times. A label whose best possible
-end is not faster than what is known already is dropped, so few are left.
+Pipelines are built from their last stage on, where the loss is. A label is what stands so
+far: which devices it uses, which one is in front, how many layers they hold, and how long
+they take. Of labels that agree in the first three, only those count that no other one beats in
+every time. A label whose best possible beginning is not faster than what is known already
+is dropped, so few are left.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from confidantd.planner.costs import PlanDevice, stage_seconds
-from confidantd.planner.options import Options
+from confidantd.planner.options import Option, Options
+from confidantd.planner.pace import NOTHING, Suffix, before, behind, step_seconds
 from confidantd.planner.workload import Form, Workload
+from confidantd.schedule.one_f_one_b import in_flight
 
 TIE = 1e-10  # relative; times closer than this are rounding
 
 
 @dataclass(slots=True)  # not frozen: thousands are made, and that takes three times as long
 class Label:
-    """A beginning: used devices (bits), the first and last one, layers so far, and its times."""
+    """The end of a pipeline: used devices (bits), the one in front and the last one, layers so
+    far, and times; in generation only `suffix.there` counts.
+    """
 
     used: int
-    first: int
+    front: int
     last: int
     layers: int
-    total: float  # stages and links so far, of one microbatch
-    slowest: float  # stage or link
+    suffix: Suffix
     squares: int  # of layers: of equals the more even one is taken
-    before: Label | None = None
+    after: Label | None = None
     form: Form = "saved"
 
     def stages(self) -> list[tuple[int, int, Form]]:
@@ -38,66 +43,63 @@ class Label:
         found: list[tuple[int, int, Form]] = []
         label: Label | None = self
         while label is not None:
-            earlier = label.before.layers if label.before else 0
-            found.append((label.last, label.layers - earlier, label.form))
-            label = label.before
-        return found[::-1]
+            later = label.after.layers if label.after else 0
+            found.append((label.front, label.layers - later, label.form))
+            label = label.after
+        return found
 
 
 class Search:
-    """The fastest pipelines of exactly `stages` stages.
+    """The fastest pipelines of exactly `len(choices)` stages.
 
     `choices`: devices that may stand at each place. `factors`: what the time of a pipeline
-    counts times, by its first device. `further`: microbatches after the first one, each of
-    which costs the slowest stage or link once more.
+    counts times, by its first device.
     """
 
     def __init__(
         self,
         work: Workload,
         devices: Sequence[PlanDevice],
-        stages: int,
         choices: Sequence[Sequence[int]],
         factors: Sequence[float],
     ) -> None:
         self._work = work
-        self._stages = stages
-        self._options = Options(work, devices, stages)
+        self._stages = len(choices)
+        self._options = Options(work, devices, self._stages)
         self._choices = choices
         self._factors = factors
         self._generates = work.method is None
-        self._further = 0 if self._generates else work.microbatches - 1
-        self._ways = 1 if self._generates else 2  # a link carries a gradient back, too
+        self._microbatches = 1 if self._generates else work.microbatches
         self._each = [stage_seconds(work, d, 1, head=False) for d in devices]
-        links = [
-            self._options.link(a, b)
-            for a in range(len(devices))
-            for b in range(len(devices))
-            if a != b
-        ]
-        self._least_link = min(links, default=0.0)
+        self._least_link = self._shortest_way(len(devices))
         self._most = [0] * len(devices)
         for place, there in enumerate(choices):
             for d in there:
                 self._most[d] = max(self._most[d], len(self._options.at(d, place)))
         self._rest = functools.cache(self._least_rest)
 
+    def _shortest_way(self, devices: int) -> float:
+        """No microbatch takes less over a link, there (and in training back)."""
+        pairs = [(a, b) for a in range(devices) for b in range(devices) if a != b]
+        costs = [self._options.link(a, b) for a, b in pairs]
+        ways = 1 if self._generates else 2
+        return ways * min((cost.seconds + cost.latency for cost in costs), default=0.0)
+
     def fastest(self, enough: float) -> tuple[Label, float] | None:
         """The best pipeline that takes less than `enough`, with its (weighted) seconds."""
-        labels = [x for d in self._choices[0] for x in self._extended(None, d, 0, enough)]
-        for place in range(1, self._stages):
+        last = self._stages - 1
+        labels = [x for d in self._choices[last] for x in self._extended(None, d, last, enough)]
+        for place in range(last - 1, -1, -1):
             labels = [
                 label
-                for before in self._undominated(labels)
+                for after in self._undominated(labels)
                 for device in self._choices[place]
-                if not before.used >> device & 1
-                for label in self._extended(before, device, place, enough)
+                if not after.used >> device & 1
+                for label in self._extended(after, device, place, enough)
             ]
         best: tuple[Label, float] | None = None
         for label in labels:
-            if label.layers != self._work.layers:
-                continue
-            seconds = self.seconds(label)
+            seconds = self._seconds(label)
             if seconds < enough * (1 - TIE) or (
                 best is not None
                 and seconds <= best[1] * (1 + TIE)
@@ -106,54 +108,69 @@ class Search:
                 best, enough = (label, seconds), min(enough, seconds)
         return best
 
-    def seconds(self, label: Label) -> float:
-        """Weighted seconds of a complete pipeline: fill and drain once, then the slowest part
-        for every further microbatch; of a token, the way back to the first stage.
-        """
-        total = label.total + self._further * label.slowest
-        if self._generates and label.last != label.first:
-            total += self._options.link(label.last, label.first)
-        return total * self._factors[label.first]
+    def _seconds(self, label: Label) -> float:
+        """Weighted seconds of a whole pipeline; a token goes back to the first stage."""
+        seconds = step_seconds(label.suffix, self._microbatches)
+        if self._generates:
+            seconds = label.suffix.there
+            if label.last != label.front:
+                back = self._options.link(label.last, label.front)
+                seconds += back.seconds + back.latency
+        return seconds * self._factors[label.front]
 
     def _extended(
-        self, before: Label | None, device: int, place: int, enough: float
+        self, after: Label | None, device: int, place: int, enough: float
     ) -> Iterator[Label]:
-        """A beginning with one more stage, of any size that leaves a layer for each later one,
-        as long as an end that takes less than `enough` is possible.
+        """One more stage in front, of any size that leaves a layer for each earlier one, as long
+        as a beginning with which it takes less than `enough` is possible.
         """
-        earlier = before.layers if before else 0
-        later = self._stages - 1 - place
-        most = self._work.layers - earlier - later
+        later = after.layers if after else 0
+        most = self._work.layers - later - place
         options = self._options.at(device, place)
-        if later == 0 and len(options) < most:
-            return  # the last one must take all that is left
-        total, slowest, squares, used, first = 0.0, 0.0, 0, 1 << device, device
-        if before is not None:
-            link = self._options.link(before.last, device)
-            total, slowest = before.total + self._ways * link, max(before.slowest, link)
-            squares, used, first = before.squares, before.used | used, before.first
-        each, pace, most_later = self._rest(used, later)
-        links, factor, further = (
-            later * self._ways * self._least_link,
-            self._factors[first],
-            self._further,
-        )
-        for count in range(most if later == 0 else 1, min(most, len(options)) + 1):
+        if place == 0 and len(options) < most:
+            return  # the first one must take all that is left
+        used = (after.used if after else 0) | 1 << device
+        last, squares = (after.last, after.squares) if after else (device, 0)
+        suffix = self._seen_from(device, after)
+        factor = self._least_factor(used, device, place)
+        each, pace, most_left = self._rest(used, place)
+        ways = place * self._least_link
+        for count in range(most if place == 0 else 1, min(most, len(options)) + 1):
             option = options[count - 1]
-            seconds = option.seconds
-            worst = max(slowest, seconds)
-            if (total + seconds + further * worst) * factor >= enough:
+            found = self._put(option, suffix, place)
+            if found.done * factor >= enough:
                 return  # and so is every larger share
-            left = most - count + later
-            if left > most_later:
+            left = self._work.layers - later - count
+            if left > most_left:
                 continue
-            if (total + seconds + links + left * each
-                    + further * max(worst, left * pace)) * factor >= enough:  # fmt: skip
-                continue
-            yield Label(
-                used, first, device, earlier + count, total + seconds,
-                0.0 if self._generates else worst, squares + count * count, before, option.form,
-            )  # fmt: skip
+            least = max(found.done + ways + left * each, self._microbatches * left * pace)
+            if least * factor < enough:
+                yield Label(
+                    used, device, last, later + count, found, squares + count * count, after,
+                    option.form,
+                )  # fmt: skip
+
+    def _seen_from(self, device: int, after: Label | None) -> Suffix:
+        if after is None:
+            return NOTHING
+        link = self._options.link(device, after.front)
+        if not self._generates:
+            return behind(after.suffix, link, self._microbatches)
+        there = after.suffix.there + link.seconds + link.latency
+        return Suffix(there, there, 0.0)
+
+    def _put(self, option: Option, suffix: Suffix, place: int) -> Suffix:
+        if self._generates:
+            there = suffix.there + option.seconds
+            return Suffix(there, there, 0.0)
+        flying = in_flight(place, self._stages, self._microbatches)
+        return before(suffix, option.forward, option.seconds, flying, self._microbatches)
+
+    def _least_factor(self, used: int, device: int, place: int) -> float:
+        """What the time will count times at least, whoever comes to be first."""
+        if place == 0:
+            return self._factors[device]
+        return min((f for d, f in enumerate(self._factors) if not used >> d & 1), default=math.inf)
 
     def _least_rest(self, used: int, stages: int) -> tuple[float, float, int]:
         """Of devices that are not used: the least seconds of a layer, those of a layer that the
@@ -167,27 +184,28 @@ class Search:
         return fastest[0], 1 / sum(1 / s for s in fastest), sum(most)
 
     def _undominated(self, labels: Sequence[Label]) -> Iterator[Label]:
-        """Of labels that agree in all that their ends depend on those that no other one beats."""
-        groups: dict[tuple[float, ...], list[Label]] = {}
+        """Of labels that agree in all that their beginnings depend on those that none beats."""
+        groups: dict[tuple[int, ...], list[Label]] = {}
         for label in labels:
-            # a token goes back to the first stage; in training only the factor counts
-            start = label.first if self._generates else self._factors[label.first]
-            key = (label.used, start, label.last, label.layers)
-            groups.setdefault(key, []).append(label)
+            last = label.last if self._generates else 0  # a token goes back from it
+            groups.setdefault((label.used, label.front, last, label.layers), []).append(label)
         for group in groups.values():
-            group.sort(key=lambda label: (label.total, label.slowest, label.squares))
+            group.sort(key=lambda label: (label.suffix, label.squares))
             yield from _front(group)
 
 
 def _front(group: Sequence[Label]) -> Iterator[Label]:
-    """Of labels in order of their totals those that are better in something else."""
+    """Of labels in order of their times those that are better in something than all before."""
     kept: list[Label] = []
     for label in group:
-        if not any(
-            other.slowest <= label.slowest * (1 + TIE)
-            and (other.squares <= label.squares or other.total < label.total * (1 - TIE)
-                 or other.slowest < label.slowest * (1 - TIE))
-            for other in kept
-        ):  # fmt: skip
+        if not any(_beats(other, label) for other in kept):
             kept.append(label)
     return iter(kept)
+
+
+def _beats(one: Label, other: Label) -> bool:
+    """Not slower in anything, and faster in something or as even."""
+    pairs = list(zip(one.suffix, other.suffix, strict=True))
+    if any(a > b * (1 + TIE) for a, b in pairs):
+        return False
+    return one.squares <= other.squares or any(a < b * (1 - TIE) for a, b in pairs)
