@@ -47,9 +47,7 @@ def test_without_links_it_is_close_from_below(forwards: list[float], microbatche
 
 @given(
     forwards=FORWARDS,
-    links=st.lists(
-        st.builds(LinkCost, st.floats(0, 2), st.floats(0, 2)), min_size=7, max_size=7
-    ),
+    links=st.lists(st.builds(LinkCost, st.floats(0, 2), st.floats(0, 2)), min_size=7, max_size=7),
     microbatches=MICROBATCHES,
 )
 def test_with_slow_links_it_is_not_far_off(
