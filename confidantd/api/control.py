@@ -63,6 +63,7 @@ class ControlApi:
             web.get("/v1/jobs", lambda _: _json({"jobs": self._jobs.list()})),
             web.get("/v1/jobs/{job}", self._show),
             web.get("/v1/jobs/{job}/events", self._events),
+            web.get("/v1/jobs/{job}/timeline", self._timeline),
             web.post("/v1/jobs/{job}/cancel", self._cancel),
             web.post("/v1/jobs/{job}/resume", self._resume),
         ]
@@ -96,6 +97,9 @@ class ControlApi:
 
     async def _show(self, request: web.Request) -> web.StreamResponse:
         return await _json(self._jobs.get(request.match_info["job"]).record.to_json())
+
+    async def _timeline(self, request: web.Request) -> web.StreamResponse:
+        return await _json(await self._jobs.timeline(request.match_info["job"]))
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
         return await _stream(request, self._jobs.get(request.match_info["job"]))

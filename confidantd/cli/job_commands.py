@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import click
 
+from confidantd.cli.option_types import path
 from confidantd.cli.run import common, json_wanted, run, show
+from confidantd.errors import OutputError
+
+if TYPE_CHECKING:
+    from confidantd.cli.client import Client
 
 
 @click.group(invoke_without_command=True)
@@ -28,10 +35,33 @@ def list_jobs() -> None:
 
 @jobs.command("show")
 @click.argument("job", metavar="ID")
+@click.option("--timeline", metavar="FILE", type=path, help="Draw a step of a training job as SVG.")
 @common
-def show_job(job: str) -> None:
+def show_job(job: str, timeline: Path | None) -> None:
     """All that is known of a job."""
-    show("GET", _path(job), "job")
+    if timeline is None:
+        show("GET", _path(job), "job")
+    else:
+        run(lambda client: _draw(client, job, timeline))
+
+
+async def _draw(client: Client, job: str, file: Path) -> None:
+    """Write the picture, and say so."""
+    from confidantd.cli.output import print_json
+    from confidantd.cli.timeline import draw
+
+    fields = await client.ask("GET", f"{_path(job)}/timeline")
+    picture = draw(fields)
+    try:
+        await asyncio.to_thread(file.write_text, picture)
+    except OSError as failure:
+        raise OutputError(
+            f"{file} cannot be written ({failure.strerror})", "choose another file"
+        ) from None
+    if json_wanted():
+        print_json({"timeline": str(file)})
+    else:
+        click.echo(f"drawn in {file}")
 
 
 @jobs.command("watch")

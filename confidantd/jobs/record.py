@@ -87,6 +87,11 @@ class JobLog:
         self._closed = True
         self._wake()
 
+    async def last(self, name: str) -> dict[str, Any] | None:
+        """The last event of a kind so far."""
+        events = await asyncio.to_thread(self._read) if self._on_disk else self._events
+        return next((event for event in reversed(events) if event["event"] == name), None)
+
     async def follow(self) -> AsyncIterator[dict[str, Any]]:
         """Every event so far, then each new one; ends after the last."""
         if self._on_disk:

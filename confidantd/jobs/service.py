@@ -30,6 +30,7 @@ from confidantd.jobs.options import (
 )
 from confidantd.jobs.record import FINAL_STATES, JobLog, JobRecord
 from confidantd.jobs.setup import generate_workload, train_workload
+from confidantd.jobs.timeline import timeline
 from confidantd.jobs.train import TrainJob, check_training
 from confidantd.jobs.what_if import plan_for
 from confidantd.tasks import TaskSet
@@ -72,6 +73,14 @@ class Jobs:
         if log is None:
             raise JobNotFoundError(f"there is no job {job[:40]}", "see `confidant jobs`")
         return log
+
+    async def timeline(self, job: str) -> dict[str, Any]:
+        """What a picture of a job's step is drawn from: its plan, and the last step if it ended."""
+        log = self.get(job)
+        plan, done = await log.last("plan"), await log.last("done")
+        if plan is None:
+            raise JobNotFoundError(f"the job {job[:40]} has no plan yet", "wait until it runs")
+        return timeline(plan, done)
 
     async def plan(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The plan that a job with these options would get now, or with the fleet of a file."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from confidantd.jobs.course import Course
@@ -30,6 +31,8 @@ class StepProgress:
     _busy: dict[int, float] = field(default_factory=dict)
     _wall: dict[int, float] = field(default_factory=dict)
     _backends: dict[int, dict[str, float]] = field(default_factory=dict)
+    _seconds: list[float] = field(default_factory=list)  # of every step
+    _last_step: dict[int, StepDone] = field(default_factory=dict)
 
     def step_done(self, stage: int, event: StepDone) -> None:
         """Take one stage's report; emits the `step` event with the last of them."""
@@ -58,8 +61,25 @@ class StepProgress:
         seconds, wall = self._backends.get(stage, {}), max(self._wall.get(stage, 0.0), 1e-9)
         return _with_shares(self.launched.pipeline.notes.backends(stage), seconds, wall)
 
+    def step_seconds(self) -> dict[str, float | None]:
+        """Predicted by the plan, and measured: the median without the first step, which also
+        fills memory.
+        """
+        seconds = self._seconds[1:] or self._seconds
+        measured = round(statistics.median(seconds), 6) if seconds else None
+        return {"predicted": self.launched.plan.seconds, "measured": measured}
+
+    def timeline(self) -> list[list[dict[str, Any]]]:
+        """What each stage computed when in the last step, by its own clock."""
+        return [
+            [asdict(span) for span in self._last_step[stage].spans]
+            for stage in sorted(self._last_step)
+        ]
+
     def _committed(self, step: int, answers: dict[int, StepDone]) -> None:
         self.done = step + 1
+        self._last_step = answers
+        self._seconds.append(max(answer.wall_seconds for answer in answers.values()))
         self._times.append(time.monotonic())
         seconds = (self._times[-1] - self._times[0]) / (len(self._times) - 1)
         tokens = self.course.batch_size * self.course.sequence_length

@@ -114,6 +114,8 @@ class TrainJob:
                 "output": self._options.output,
                 "steps": progress.done,
                 "final_loss": progress.last_loss,
+                "step_seconds": progress.step_seconds(),
+                "timeline": progress.timeline(),
                 "stages": [
                     {
                         "device": stage.device,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from confidantd.config import Split
 from confidantd.errors import ProtocolError
@@ -138,6 +138,16 @@ class Connected:
 
 
 @dataclass(frozen=True, slots=True)
+class StepSpan:
+    """What a stage computed from `start` to `end`, in seconds since its step began."""
+
+    kind: Literal["forward", "backward", "step"]
+    microbatch: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True)
 class StepDone:
     """One step is applied here. `loss` and `gradient_norm` come from the head and stage 0.
 
@@ -151,6 +161,7 @@ class StepDone:
     wall_seconds: float
     peak_memory_bytes: int
     backend_seconds: dict[str, float] = field(default_factory=dict)
+    spans: tuple[StepSpan, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,10 +13,14 @@ from confidantd.engine.train_stage import TrainStage
 from confidantd.schedule.one_f_one_b import Action, ActionKind, actions, forward_actions
 from confidantd.wire.frames import FrameKind
 from confidantd.wire.stage import StageAssignment
-from confidantd.wire.worker import Evaluate, Evaluated, StepDone, TrainStep
+from confidantd.wire.worker import Evaluate, Evaluated, StepDone, StepSpan, TrainStep
 from confidantd.worker.exchange import Exchange
 from confidantd.worker.memory import peak_memory_bytes
 
+COMPUTED: Mapping[ActionKind, Literal["forward", "backward"]] = {
+    ActionKind.FORWARD: "forward",
+    ActionKind.BACKWARD: "backward",
+}
 CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm
 
 
@@ -37,11 +42,19 @@ class Trainer:
             self._stage.set_labels(microbatch, labels[microbatch], command.scale)
         tokens = self._batch(command.tokens)
         one_pass = TrainPass(place, self._stage, self._exchange, command.step, tokens)
+        spans: list[StepSpan] = []
         for action in actions(place.stage, place.stages, place.microbatches):
+            began = time.perf_counter() - started
             if action.kind is not ActionKind.STEP:  # `_update` needs the whole pipeline
                 await one_pass.run(action)
+            if action.kind in COMPUTED:
+                kind = COMPUTED[action.kind]
+                ended = time.perf_counter() - started
+                spans.append(StepSpan(kind, action.microbatch, began, ended))
         loss = self._stage.loss() if place.spec.head else None
+        began = time.perf_counter() - started
         norm = await self._update(command)
+        spans.append(StepSpan("step", 0, began, time.perf_counter() - started))
         return StepDone(
             step=command.step,
             loss=loss,
@@ -50,6 +63,7 @@ class Trainer:
             wall_seconds=time.perf_counter() - started,
             peak_memory_bytes=peak_memory_bytes(),
             backend_seconds=self._stage.backend_seconds(),
+            spans=tuple(spans),
         )
 
     async def evaluate(self, command: Evaluate) -> Evaluated | None:

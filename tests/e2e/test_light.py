@@ -8,6 +8,7 @@ import subprocess
 import sys
 import venv
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import psutil
 import pytest
@@ -72,6 +73,14 @@ def test_workers_without_torch(tmp_path: Path) -> None:
             steps=3, batch_size=4, learning_rate=2e-5,
         )  # fmt: skip
         assert losses == pytest.approx(run.losses, rel=1e-4)
+        picture = tmp_path / "step.svg"
+        devices[1].json("jobs", "show", events[-1]["job"], "--timeline", str(picture))
+        drawn = "".join(ET.fromstring(picture.read_text()).itertext())
+        assert "predicted" in drawn
+        assert "measured" in drawn
+        seconds = events[-1]["step_seconds"]
+        assert seconds["predicted"] > 0
+        assert seconds["measured"] > 0
     finally:
         for device in devices:
             if device.process is not None and device.process.poll() is None:

@@ -1,0 +1,40 @@
+"""What a picture of a job's step is drawn from: the planned step, and the last measured one."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+from confidantd.errors import UsageError
+from confidantd.planner.simulate import LinkCost, StageCost, simulate
+
+
+def timeline(plan: Mapping[str, Any], done: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Names of the stages, and what each computes when, from the events `plan` and `done`."""
+    if plan["objective"] != "train":
+        raise UsageError("only a training job has steps to draw")
+    return {
+        "names": [stage["name"] for stage in plan["stages"]],
+        "predicted": _predicted(plan),
+        "measured": None if done is None else done.get("timeline"),
+    }
+
+
+def _predicted(plan: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
+    """Spans of each stage, as the planner simulates the step."""
+    stages = [
+        StageCost(s["forward_seconds"], s["seconds"] - s["forward_seconds"]) for s in plan["stages"]
+    ]
+    links = [
+        LinkCost(k["sending_seconds"], k["seconds"] - k["sending_seconds"]) for k in plan["links"]
+    ]
+    spans = simulate(stages, links, plan["microbatches"]).spans
+    return [
+        [
+            {"kind": s.kind.value, "microbatch": s.microbatch, "start": s.start, "end": s.end}
+            for s in row
+            if s.end > s.start
+        ]
+        for _, row in itertools.groupby(spans, lambda s: s.stage)
+    ]
