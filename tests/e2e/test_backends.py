@@ -54,7 +54,8 @@ def two_devices(
     if second == faulty_backend.NAME:
         plugin = faulty_backend.install(folder / "plugin")
         settings["PYTHONPATH"] = str(plugin)
-    options = ("--backend", "cpu", "--backend", second, "--split", split)
+    # a thread for each of the two, or nothing is shared
+    options = ("--threads", "2", "--backend", "cpu", "--backend", second, "--split", split)
     anna = Device(folder / "anna", "anna", *options, settings=settings)
     with running([anna, Device(folder / "ben", "ben")]) as devices:
         offered = f"{second} is offered"
