@@ -146,6 +146,10 @@ class Daemon:
         cache = self._config.home / "profile.json"
         wanted = self._config.backends
         self._providers = await measure_backends(self._threads, cache, wanted)
+        for provider in self._providers:
+            if provider.name in wanted and not provider.present:
+                reason = f"{provider.problem}. {provider.hint}".rstrip(". ")
+                _log.warning("jobs run without the backend %s: %s", provider.name, reason)
         self._swarm.set_resources(self._resources())
 
     async def _keep_resources(self) -> None:

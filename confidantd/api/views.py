@@ -17,7 +17,10 @@ from confidantd.profile.providers import Provider
 from confidantd.swarm.service import Swarm
 from confidantd.swarm.state import PeerView
 
-ONNXRUNTIME_BUILDS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-webgpu")
+ONNXRUNTIME_BUILDS = (  # of which one fills the folder that all are imported from
+    "onnxruntime", "onnxruntime-gpu", "onnxruntime-webgpu", "onnxruntime-openvino",
+    "onnxruntime-qnn",
+)  # fmt: skip
 
 
 class View:
@@ -172,12 +175,22 @@ def _check_identity(conflict: str | None) -> dict[str, str]:
 
 
 def _check_onnxruntime() -> dict[str, str]:
+    found = {}
     for package in ONNXRUNTIME_BUILDS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            version = importlib.metadata.version(package)
-            return _check("onnxruntime", "ok", f"version {version} ({package})")
-    message = "not installed: this device cannot hold a stage"
-    return _check("onnxruntime", "fail", message, "pip install onnxruntime")
+            found[package] = importlib.metadata.version(package)
+    if not found:
+        message = "not installed: this device cannot hold a stage"
+        return _check("onnxruntime", "fail", message, "pip install onnxruntime")
+    listed = " and ".join(f"version {version} ({package})" for package, version in found.items())
+    if len(found) == 1:
+        return _check("onnxruntime", "ok", listed)
+    wanted = next(package for package in found if package != ONNXRUNTIME_BUILDS[0])
+    hint = (
+        f"pip uninstall {' '.join(found)}, then pip install --no-deps {wanted} "
+        f"(or {ONNXRUNTIME_BUILDS[0]})"
+    )
+    return _check("onnxruntime", "warn", f"{listed} overwrite each other", hint)
 
 
 def _check_compiler(here: bool, alive: list[PeerView]) -> dict[str, str]:

@@ -30,6 +30,7 @@ from confidantd.planner.plan import Plan, make_plan
 from confidantd.wire.jobs import PlanRequest
 
 MOST_DEVICES = 512
+LISTED = 8  # names in a hint
 MOST_BYTES = 1024 * 1024  # of the file
 MAX_NAME_CHARACTERS = 64
 _FLEET = {"mbps", "round_trip_ms", "device"}
@@ -51,7 +52,10 @@ class Fleet:
         by_name = {device.name: device for device in self.devices}
         for name in names:
             if name not in by_name:
-                raise DeviceError(f"there is no device {name[:64]} in the what-if file")
+                some = ", ".join(list(by_name)[:LISTED])
+                more = ", ..." if len(by_name) > LISTED else ""
+                message = f"there is no device {name[:64]} in the what-if file"
+                raise DeviceError(message, f"it has {some}{more}")
         chosen = tuple(by_name[name] for name in dict.fromkeys(names))
         owner = self.owner if any(d.id == self.owner for d in chosen) else chosen[0].id
         return Fleet(chosen, owner)
@@ -91,6 +95,8 @@ def fleet_from(fields: Mapping[str, Any]) -> Fleet:
     if not isinstance(listed, list) or not listed:
         raise _WrongError("there is no [[device]]")
     common = {key: fields[key] for key in ("mbps", "round_trip_ms") if key in fields}
+    for key in common:
+        _positive("the file", fields, key)
     devices: list[PlanDevice] = []
     owners: list[DeviceId] = []
     for index, entry in enumerate(listed, 1):
@@ -104,8 +110,10 @@ def fleet_from(fields: Mapping[str, Any]) -> Fleet:
                 owners.append(device.id)
     if len(owners) > 1:
         raise _WrongError("more than one device is the owner")
-    if len({device.name for device in devices}) < len(devices):
-        raise _WrongError("two devices have the same name")
+    names = [device.name for device in devices]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise _WrongError(f"two devices have the same name, {twice}")
     return Fleet(tuple(devices), owners[0] if owners else devices[0].id)
 
 
@@ -119,13 +127,14 @@ def _devices(index: int, entry: Mapping[str, Any]) -> Iterator[PlanDevice]:
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MOST_DEVICES:
         raise _WrongError(f"device {name}: count is not a whole number of 1 to {MOST_DEVICES}")
     try:
-        memory = parse_size(str(entry["memory"]))
+        written = entry["memory"]
+        memory = parse_size(written if isinstance(written, str) else "")
     except (KeyError, ConfigError):
         raise _WrongError(f'device {name} has no memory like "2G" or "512M"') from None
-    gflops = _positive(name, entry, "gflops")
+    gflops = _positive(f"device {name}", entry, "gflops")
     if gflops is None:
         raise _WrongError(f"device {name} has no gflops, its speed")
-    trip = _positive(name, entry, "round_trip_ms")
+    trip = _positive(f"device {name}", entry, "round_trip_ms")
     for number in range(1, count + 1):
         each = name if count == 1 else f"{name}-{number}"
         yield PlanDevice(
@@ -133,19 +142,19 @@ def _devices(index: int, entry: Mapping[str, Any]) -> Iterator[PlanDevice]:
             name=each,
             available_bytes=memory,
             gflops=gflops,
-            bandwidth_mbps=_positive(name, entry, "mbps"),
+            bandwidth_mbps=_positive(f"device {name}", entry, "mbps"),
             round_trip_seconds=None if trip is None else trip / 1000,
         )
 
 
-def _positive(name: str, entry: Mapping[str, Any], key: str) -> float | None:
+def _positive(where: str, entry: Mapping[str, Any], key: str) -> float | None:
     value = entry.get(key)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _WrongError(f"device {name}: {key} is not a number")
+        raise _WrongError(f"{where}: {key} is not a number")
     if not 0 < value < math.inf:
-        raise _WrongError(f"device {name}: {key} must be over 0")
+        raise _WrongError(f"{where}: {key} must be over 0")
     return float(value)
 
 

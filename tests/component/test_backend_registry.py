@@ -144,7 +144,10 @@ def test_one_that_hangs_does_not_hang_the_others(site: Path) -> None:
 def test_a_name_that_no_plugin_has_is_reported(site: Path) -> None:
     """`--backend openvin`: a typing error shall not cost a backend in silence."""
     install(site, "twin")
-    by_name = {entry["name"]: entry for entry in probe_all(1, wanted=("openvin", "cpu"))}
+    entries = probe_all(1, wanted=("openvin", "cpu", "nnapi"))
+    by_name = {entry["name"]: entry for entry in entries}
+    assert by_name["nnapi"]["broken"]  # asked for, and not here
+    assert not by_name["coreml"]["broken"]
     assert by_name["openvin"]["broken"]
     assert by_name["openvin"]["problem"] == "no plugin brings it"
     assert by_name["openvin"]["hint"] == "did you mean openvino?"

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from confidantd.api.views import _check_providers
+import importlib.metadata
+
+import pytest
+
+from confidantd.api.views import _check_onnxruntime, _check_providers
 from confidantd.profile.providers import Provider, ProviderDevice, cpu_gflops, present_names
 
 CPU = Provider(
@@ -36,3 +40,30 @@ def test_only_what_is_present_is_offered_the_cpu_first() -> None:
     assert present_names((GPU, BROKEN, CPU, ABSENT)) == ("cpu", "webgpu")
     assert cpu_gflops((GPU, CPU)) == 83.21
     assert cpu_gflops((BROKEN,)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("installed", "state", "said"),
+    [
+        ((), "fail", "not installed"),
+        (("onnxruntime",), "ok", "version 1.9 (onnxruntime)"),
+        (("onnxruntime-openvino",), "ok", "version 1.9 (onnxruntime-openvino)"),
+        (("onnxruntime", "onnxruntime-gpu"), "warn", "overwrite each other"),
+    ],
+)
+def test_one_build_of_onnxruntime(
+    monkeypatch: pytest.MonkeyPatch, installed: tuple[str, ...], state: str, said: str
+) -> None:
+    """All builds fill the same folder, so two of them are a broken one."""
+
+    def version(package: str) -> str:
+        if package not in installed:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return "1.9"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    check = _check_onnxruntime()
+    assert check["state"] == state
+    assert said in check["message"]
+    if state == "warn":
+        assert "pip uninstall onnxruntime onnxruntime-gpu" in check["hint"]

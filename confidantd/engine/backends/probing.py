@@ -46,7 +46,12 @@ def probe_all(
         else probe_apart(name, threads, seconds)
         for name in names
     ]
-    entries += [_not_installed(known) for known in PLUGINS if known.name not in names]
+    entries += [
+        # named in the settings and not here: that is a fault, and not just a possibility
+        {**_not_installed(known), "broken": known.name in wanted}
+        for known in PLUGINS
+        if known.name not in names
+    ]
     there = [entry["name"] for entry in entries]
     return entries + [_unknown(name, there) for name in wanted if name not in there]
 

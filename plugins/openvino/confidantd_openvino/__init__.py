@@ -30,7 +30,7 @@ BUNDLED = Provider(OPENVINO.provider, "1.23", "pip install onnxruntime-openvino"
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
 OTHER_MAKERS = (
     "it finds processors of Intel only; on others the build with OpenVINO in it works: "
-    "pip uninstall onnxruntime, then pip install onnxruntime-openvino"
+    "pip uninstall onnxruntime, then pip install --no-deps onnxruntime-openvino"
 )
 DRIVER = "Intel graphics need their compute driver (Debian: intel-opencl-icd)"
 Config = Callable[[SessionSetting], Mapping[str, str]]
