@@ -175,11 +175,19 @@ def plan(fields: Mapping[str, Any]) -> RenderableType:
         )
         for left in fields["left_out"]
     ]
+    verb = "step" if fields.get("objective", "train") == "train" else "token"
+    parts += [
+        Text(
+            f"instead: {plain(', '.join(other['devices']))}: {duration(other['seconds'])} a {verb}",
+            style="dim",
+        )
+        for other in fields.get("alternatives", ())
+    ]
     predicted = fields["predicted"]
     parts.append(
         Text(
             f"predicted: {duration(predicted['step_seconds'])} a "
-            f"{'step' if fields.get('objective', 'train') == 'train' else 'token'}, "
+            f"{verb}, "
             f"{predicted['tokens_per_second']:.3g} tokens/s",
             style="bold",
         )

@@ -55,7 +55,7 @@ class Coordinator:
         self._term()
         request = from_map(PlanRequest, params)
         devices = plan_devices(self._swarm.peers(), request.devices)
-        plan = await self._make(request, devices, owner)
+        plan = await self._make(request, devices, owner, explain=True)
         return to_map(await self._with_backends(request, plan))
 
     async def _negotiate(self, owner: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
@@ -79,11 +79,23 @@ class Coordinator:
         reasons = "; ".join(f"{d[:8]}: {answer.reason}" for d, answer in declined.items())
         raise DeclinedError(f"the devices declined every plan ({reasons})", "try again in a minute")
 
-    async def _make(self, request: PlanRequest, devices: list[PlanDevice], owner: DeviceId) -> Plan:
+    async def _make(
+        self,
+        request: PlanRequest,
+        devices: list[PlanDevice],
+        owner: DeviceId,
+        *,
+        explain: bool = False,
+    ) -> Plan:
         if not devices:
             raise DeviceError("no device of the swarm is alive", "see `confidant peers`")
         return await asyncio.to_thread(
-            make_plan, plan_workload(request), devices, owner, use_all=bool(request.devices)
+            make_plan,
+            plan_workload(request),
+            devices,
+            owner,
+            use_all=bool(request.devices),
+            explain=explain,
         )
 
     async def _with_backends(self, request: PlanRequest, plan: Plan) -> Plan:

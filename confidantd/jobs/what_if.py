@@ -84,8 +84,13 @@ class _WrongError(ValueError):
 def plan_for(path: str, request: PlanRequest) -> Plan:
     """The plan for the fleet of a file, or for those of it that the request names."""
     fleet = read_fleet(path).only(request.devices)
-    use_all = bool(request.devices)
-    return make_plan(plan_workload(request), fleet.devices, fleet.owner, use_all=use_all)
+    return make_plan(
+        plan_workload(request),
+        fleet.devices,
+        fleet.owner,
+        use_all=bool(request.devices),
+        explain=True,
+    )
 
 
 def fleet_from(fields: Mapping[str, Any]) -> Fleet:

@@ -22,6 +22,7 @@ from confidantd.planner.workload import Form, Workload
 from confidantd.schedule.one_f_one_b import in_flight
 
 EXACT_DEVICES = 8
+SHORT, MUCH_SLOWER = 2, 1.1  # which alternatives are looked for: devices, times the best
 OWNER_FIRST_SHARE = 0.05  # the embedding stays with the owner unless that costs more
 
 
@@ -57,16 +58,50 @@ def _better_and_better(
     """Partitions, each faster than those before it."""
     enough = math.inf
     for chosen, choices in _pipelines(work, devices, owner, use_all=use_all):
-        factors = [_text_factor(device, owner) for device in chosen]
-        found = Search(work, chosen, choices, factors).fastest(enough)
-        if found is None:
+        found = _fastest(work, chosen, choices, owner, enough)
+        if found is not None:
+            enough = cost(found, owner)
+            yield found
+
+
+def _fastest(
+    work: Workload,
+    chosen: Sequence[PlanDevice],
+    choices: Sequence[Sequence[int]],
+    owner: DeviceId,
+    enough: float,
+) -> Partition | None:
+    """The best pipeline of these choices, if its cost is under `enough`."""
+    factors = [_text_factor(device, owner) for device in chosen]
+    found = Search(work, chosen, choices, factors).fastest(enough)
+    if found is None:
+        return None
+    stages = found[0].stages()
+    used = tuple(chosen[device] for device, _, _ in stages)
+    layers = tuple(count for _, count, _ in stages)
+    forms = tuple(form for _, _, form in stages)
+    return Partition(used, layers, forms, predicted_seconds(work, used, layers, forms))
+
+
+def alternatives(
+    work: Workload, devices: Sequence[PlanDevice], owner: DeviceId, best: Partition
+) -> list[Partition]:
+    """The best pipelines of other lengths than `best`, the fastest first: of one and two devices
+    however slow, and of one more and one less if they are not much slower.
+    """
+    found: list[Partition] = []
+    there = len(best.devices)
+    for size in sorted({1, 2, there - 1, there + 1} - {there, 0}):
+        if size > min(len(devices), work.layers, EXACT_DEVICES):
             continue
-        label, enough = found
-        stages = label.stages()
-        used = tuple(chosen[device] for device, _, _ in stages)
-        layers = tuple(count for _, count, _ in stages)
-        forms = tuple(form for _, _, form in stages)
-        yield Partition(used, layers, forms, predicted_seconds(work, used, layers, forms))
+        enough = math.inf if size <= SHORT else MUCH_SLOWER * cost(best, owner)
+        fastest: Partition | None = None
+        for chosen, choices in _exact(_ranked(devices, owner), size):
+            one = _fastest(work, chosen, choices, owner, enough)
+            if one is not None:
+                fastest, enough = one, cost(one, owner)
+        found += [fastest] if fastest is not None else []
+    return sorted(found, key=lambda partition: cost(partition, owner))
 
 
 def cost(found: Partition, owner: DeviceId) -> float:
@@ -116,8 +151,8 @@ def _pipelines(
     work: Workload, devices: Sequence[PlanDevice], owner: DeviceId, *, use_all: bool
 ) -> _Pipelines:
     """Devices, and which of them may stand at each place: the shorter pipelines first."""
-    ranked = sorted(devices, key=lambda d: (d.id != owner, -(d.gflops or ASSUMED_GFLOPS), d.id))
-    spacious = [*ranked[:1], *sorted(ranked[1:], key=_by_memory)]
+    ranked = _ranked(devices, owner)
+    spacious = _spacious(ranked)
     sizes = [len(ranked)] if use_all else list(_sizes(min(len(ranked), work.layers)))
     # a good one soon leaves little to search
     for size in sizes:
@@ -127,8 +162,23 @@ def _pipelines(
                 yield order, [[place] for place in range(size)]
     for size in sizes:
         if size <= EXACT_DEVICES:
-            for chosen in _distinct(ranked[:EXACT_DEVICES], spacious[:EXACT_DEVICES]):
-                yield chosen, [list(range(len(chosen)))] * size
+            yield from _exact(ranked, size)
+
+
+def _exact(ranked: list[PlanDevice], size: int) -> _Pipelines:
+    """Any of the fastest devices, and any of the most spacious, at every place."""
+    for chosen in _distinct(ranked[:EXACT_DEVICES], _spacious(ranked)[:EXACT_DEVICES]):
+        yield chosen, [list(range(len(chosen)))] * size
+
+
+def _ranked(devices: Sequence[PlanDevice], owner: DeviceId) -> list[PlanDevice]:
+    """The owner first, then the fastest."""
+    return sorted(devices, key=lambda d: (d.id != owner, -(d.gflops or ASSUMED_GFLOPS), d.id))
+
+
+def _spacious(ranked: list[PlanDevice]) -> list[PlanDevice]:
+    """The owner first, then those with most memory."""
+    return [*ranked[:1], *sorted(ranked[1:], key=_by_memory)]
 
 
 def _sizes(most: int) -> Iterator[int]:

@@ -11,12 +11,13 @@ from confidantd.errors import DeviceError, DoesNotFitError
 from confidantd.ids import DeviceId
 from confidantd.planner.costs import PlanDevice, link_cost, stage_cost, stage_seconds
 from confidantd.planner.memory import stage_memory
-from confidantd.planner.partition import Partition, best_partition, predicted_seconds
+from confidantd.planner.partition import Partition, alternatives, best_partition, predicted_seconds
 from confidantd.planner.simulate import simulate
 from confidantd.planner.workload import Form, Workload
 from confidantd.wire.stage import BackendShare
 
 MEGABYTE = 1_000_000
+MOST_ALTERNATIVES = 2
 LORA_GUESS = 64  # adapter weights per unit of width: rank 8 on four square projections
 
 
@@ -71,6 +72,15 @@ class LeftOut:
 
 
 @dataclass(frozen=True, slots=True)
+class Alternative:
+    """Another plan that would do: names of its devices in order, their layers, its seconds."""
+
+    devices: tuple[str, ...]
+    layers: tuple[int, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """The whole plan; `seconds` is predicted for a step (training) or a token (generation).
 
@@ -85,6 +95,7 @@ class Plan:
     seconds: float
     tokens_per_second: float
     microbatches: int = 1
+    alternatives: tuple[Alternative, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The object of the command-line contract."""
@@ -103,6 +114,10 @@ class Plan:
                 for k in self.links
             ],
             "microbatches": self.microbatches,
+            "alternatives": [
+                {"devices": list(a.devices), "layers": list(a.layers), "seconds": a.seconds}
+                for a in self.alternatives
+            ],
             "left_out": [
                 {"device": d.device, "name": d.name, "reason": d.reason} for d in self.left_out
             ],
@@ -114,9 +129,17 @@ class Plan:
 
 
 def make_plan(
-    work: Workload, devices: Sequence[PlanDevice], owner: DeviceId, *, use_all: bool = False
+    work: Workload,
+    devices: Sequence[PlanDevice],
+    owner: DeviceId,
+    *,
+    use_all: bool = False,
+    explain: bool = False,
 ) -> Plan:
-    """The fastest plan that fits; `DoesNotFitError` names each device's shortfall."""
+    """The fastest plan that fits; `DoesNotFitError` names each device's shortfall.
+
+    With `explain` it comes with the next-best ones, which takes longer.
+    """
     if use_all and len(devices) > work.layers:
         raise DeviceError(
             f"{len(devices)} devices cannot share {work.layers} layers", "name fewer devices"
@@ -136,6 +159,21 @@ def make_plan(
         seconds=seconds,
         tokens_per_second=tokens / seconds,
         microbatches=work.microbatches if work.method else 1,
+        alternatives=_alternatives(work, devices, owner, found) if explain else (),
+    )
+
+
+def _alternatives(
+    work: Workload, devices: Sequence[PlanDevice], owner: DeviceId, found: Partition
+) -> tuple[Alternative, ...]:
+    others = alternatives(work, devices, owner, found)[:MOST_ALTERNATIVES]
+    return tuple(
+        Alternative(
+            tuple(device.name for device in other.devices),
+            other.layers,
+            _seconds(work, other, other.forms),
+        )
+        for other in others
     )
 
 
