@@ -53,9 +53,3 @@ def link_cost(work: Workload, first: PlanDevice, second: PlanDevice) -> LinkCost
     trips = [d.round_trip_seconds for d in (first, second) if d.round_trip_seconds is not None]
     latency = max(trips, default=ASSUMED_ROUND_TRIP_SECONDS) / 2
     return LinkCost(8 * work.activation_bytes / (mbps * 1e6), latency)
-
-
-def link_seconds(work: Workload, first: PlanDevice, second: PlanDevice) -> float:
-    """Seconds until one activation has arrived."""
-    cost = link_cost(work, first, second)
-    return cost.seconds + cost.latency
