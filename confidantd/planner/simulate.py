@@ -52,10 +52,6 @@ class Simulation:
     seconds: float
     spans: tuple[Span, ...]
 
-    def busy_seconds(self, stage: int) -> float:
-        """How long a stage computed."""
-        return sum(span.end - span.start for span in self.spans if span.stage == stage)
-
 
 _ARRIVES_AS = {
     ActionKind.SEND_ACTIVATION: (1, ActionKind.RECV_ACTIVATION),
