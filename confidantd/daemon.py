@@ -27,6 +27,7 @@ from confidantd.jobs.peers import Peers
 from confidantd.jobs.pipeline import PipelineRouter
 from confidantd.jobs.programs import Programs
 from confidantd.jobs.service import Jobs
+from confidantd.jobs.speeds import SpeedBook, SpeedMeasuring
 from confidantd.jobs.splits import Splits
 from confidantd.jobs.stage_host import StageHost
 from confidantd.net.network import Network
@@ -68,6 +69,11 @@ class Daemon:
         )
         self._swarm.set_resources(self._resources_of(0))
         peers = Peers(self._identity.device_id, self._network)
+        splits = Splits(home / "backends", self._threads, config.split, self._used_providers)
+        speeds = SpeedBook(home / "speeds", splits)
+        self._measuring = SpeedMeasuring(
+            peers, store, home, self._threads, speeds, lambda: self._resources().available_bytes
+        )
         self._host = StageHost(
             peers,
             store,
@@ -78,7 +84,8 @@ class Daemon:
             self._host_of,
             self._granted.set,
             self._coordinator_id,
-            Splits(home / "backends", self._threads, config.split, self._used_providers),
+            splits,
+            speeds,
         )
         self._router = PipelineRouter(peers)
         services = JobServices(

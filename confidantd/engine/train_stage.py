@@ -227,6 +227,10 @@ class TrainStage:
         """Results under Hugging Face (lora: `peft`) names and layout, float32, C order."""
         return self._weights.results()
 
+    def trained_parameters(self) -> int:
+        """How many numbers the optimizer changes."""
+        return self._weights.trained_parameters()
+
     def resident_bytes(self) -> dict[str, int]:
         """Memory by kind: weights, gradients, moments, kept (of microbatches in flight now)."""
         inputs = [a for kept in self._kept.values() for a in kept.inputs]

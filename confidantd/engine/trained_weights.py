@@ -185,6 +185,10 @@ class StageWeights:
             turned = t.weight.T if t.source.transposed else t.weight
             yield t.source.name, np.ascontiguousarray(turned)
 
+    def trained_parameters(self) -> int:
+        """How many numbers the optimizer changes."""
+        return sum(trained.weight.size for trained in self._by_name.values())
+
     def resident_bytes(self) -> dict[str, int]:
         """Memory of weights (each array once), gradients at their fullest, and moments."""
         groups = (self.embedding, *self.blocks, self.head)

@@ -20,6 +20,7 @@ from confidantd.jobs.peers import Peers
 from confidantd.jobs.plan_inputs import plan_devices, plan_workload, program_request
 from confidantd.planner.costs import PlanDevice
 from confidantd.planner.plan import Plan, StagePlan, make_plan
+from confidantd.planner.speeds import valid
 from confidantd.swarm.state import CoordinatorView
 from confidantd.wire.codec import from_map, to_map
 from confidantd.wire.jobs import (
@@ -28,10 +29,13 @@ from confidantd.wire.jobs import (
     Offer,
     OfferAnswer,
     PlanRequest,
+    SpeedsAnswer,
+    SpeedsQuestion,
     StopStage,
 )
 
 OFFER_SECONDS = 10.0
+SPEEDS_SECONDS = 5.0  # a device reads a small file
 MAX_ROUNDS = 5  # each round learns at least one device's true memory
 
 
@@ -54,14 +58,14 @@ class Coordinator:
     async def _plan(self, owner: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
         self._term()
         request = from_map(PlanRequest, params)
-        devices = plan_devices(self._swarm.peers(), request.devices)
+        devices = await self._devices(request)
         plan = await self._make(request, devices, owner, explain=True)
         return to_map(await self._with_backends(request, plan))
 
     async def _negotiate(self, owner: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
         request = from_map(PlanRequest, params)
         async with self._one_at_a_time:
-            devices = plan_devices(self._swarm.peers(), request.devices)
+            devices = await self._devices(request)
             asked: set[DeviceId] = set()
             for _ in range(MAX_ROUNDS):
                 try:
@@ -78,6 +82,22 @@ class Coordinator:
             await self._withdraw(request, asked)
         reasons = "; ".join(f"{d[:8]}: {answer.reason}" for d, answer in declined.items())
         raise DeclinedError(f"the devices declined every plan ({reasons})", "try again in a minute")
+
+    async def _devices(self, request: PlanRequest) -> list[PlanDevice]:
+        """Those that may hold a stage, with what they know of their speed."""
+        devices = plan_devices(self._swarm.peers(), request.devices)
+        question = to_map(SpeedsQuestion(program_request(request)))
+        return list(await asyncio.gather(*(self._with_speeds(d, question) for d in devices)))
+
+    async def _with_speeds(self, device: PlanDevice, question: dict[str, Any]) -> PlanDevice:
+        try:
+            found = await self._peers.request(
+                device.id, "device.speeds", question, timeout_seconds=SPEEDS_SECONDS
+            )
+            speeds = from_map(SpeedsAnswer, found).speeds
+        except ConfidantError:  # it is planned for by its GFLOP/s
+            return device
+        return replace(device, speeds=speeds) if speeds and valid(speeds) else device
 
     async def _make(
         self,

@@ -8,25 +8,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from confidantd.errors import DeviceError, IdentityConflictError
+from confidantd.errors import ConfidantError, DeviceError, IdentityConflictError
 from confidantd.ids import DeviceId
 from confidantd.jobs.peers import Peers
 from confidantd.jobs.pipeline import Pipeline, PipelineRouter, Placed
+from confidantd.jobs.plan_inputs import plan_devices
 from confidantd.jobs.programs import Programs
 from confidantd.jobs.record import JobLog
 from confidantd.jobs.setup import Workload, adapter_names, assignments, stage_names
 from confidantd.jobs.stage_notes import StageNotes
-from confidantd.models.programs import worth_splitting
+from confidantd.models.programs import program_names, worth_splitting
 from confidantd.models.safetensors import TensorLocation
+from confidantd.planner.costs import PlanDevice
 from confidantd.planner.plan import Plan
 from confidantd.store.blobs import BlobStore
 from confidantd.store.model_index import ModelIndex
 from confidantd.swarm.state import CoordinatorView, PeerView
 from confidantd.wire.codec import from_map, to_map
-from confidantd.wire.jobs import StageProgress
+from confidantd.wire.jobs import Measure, SpeedsAnswer, StageProgress
 from confidantd.wire.stage import OptimizerSpec, ProgramEntry, StageSpec, TensorEntry
 
 PLAN_SECONDS = 60.0
+MEASURE_SECONDS = 330.0  # each gives up on itself after 300
 COORDINATOR_SECONDS = 10.0  # an election takes less than five
 
 
@@ -90,6 +93,7 @@ async def launch(
     await ask_coordinator(services, "job.plan", workload, log, devices)  # refuse before compiling
     programs = await _programs(services, log, workload)
     tensors, adapter = await _index(services, log, workload)
+    await measure_devices(services, log, workload, devices, programs)
     plan = await ask_coordinator(services, "job.negotiate", workload, log, devices)
     log.record.devices = [stage.name for stage in plan.stages]
     log.emit({"event": "plan", **plan.to_json()})
@@ -137,6 +141,46 @@ async def _programs(
         parts = replace(request, split=True)
         found = found | await services.programs.get(parts, others, progress)
     return found
+
+
+async def measure_devices(
+    services: JobServices,
+    log: JobLog,
+    workload: Workload,
+    devices: tuple[str, ...],
+    programs: dict[str, ProgramEntry],
+) -> None:
+    """Every device that may get a stage measures blocks of this shape, if it never did.
+
+    Small blocks are not worth it: what the first steps of a job show is remembered, too.
+    """
+    request = workload.program_request()
+    if not worth_splitting(request):
+        return
+    wanted = plan_devices(services.swarm.peers(), devices)
+    names = set(program_names(request))
+    own = {name: entry for name, entry in programs.items() if name in names}
+    message = to_map(Measure(request, own, services.self_id))
+    done = 0
+
+    async def one(device: PlanDevice) -> None:
+        nonlocal done
+        try:
+            answer = await services.peers.request(
+                device.id, "device.measure", message, timeout_seconds=MEASURE_SECONDS
+            )
+            reason = from_map(SpeedsAnswer, answer).reason
+        except ConfidantError as failure:
+            reason = failure.message
+        if reason:
+            text = f"{device.name} could not be measured and is planned for by guess ({reason})"
+            log.emit({"event": "notice", "code": "not-measured", "message": text,
+                      "device": device.id, "name": device.name})  # fmt: skip
+        done += 1
+        emit_progress(log, "measure", done, len(wanted), "devices")
+
+    emit_progress(log, "measure", 0, len(wanted), "devices")
+    await asyncio.gather(*(one(device) for device in wanted))
 
 
 def emit_progress(log: JobLog, phase: str, done: int, of: int, detail: str = "") -> None:

@@ -19,6 +19,7 @@ from confidantd.planner.costs import PlanDevice
 from confidantd.planner.workload import Workload
 from confidantd.swarm.state import PeerView
 from confidantd.wire.jobs import PlanRequest
+from confidantd.wire.stage import StageAssignment
 
 
 def plan_devices(peers: Sequence[PeerView], wanted: tuple[str, ...]) -> list[PlanDevice]:
@@ -55,6 +56,25 @@ def plan_workload(request: PlanRequest) -> Workload:
         method=request.method,
         saved_floats=0 if request.method is None else _saved_floats(request),
         splits=worth_splitting(program_request(request)),
+    )
+
+
+def assignment_workload(place: StageAssignment) -> Workload:
+    """Sizes of the job that a stage belongs to."""
+    spec = place.spec
+    return plan_workload(
+        PlanRequest(
+            job=place.job,
+            epoch=place.epoch,
+            model_name="",
+            model=spec.model,
+            objective="train" if spec.training else "generate",
+            method=spec.training,
+            lora=spec.lora,
+            batch_size=spec.microbatch_size * place.microbatches,
+            microbatches=place.microbatches,
+            sequence_length=spec.sequence_length,
+        )
     )
 
 

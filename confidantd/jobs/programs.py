@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,21 @@ async def _time_limit() -> AsyncIterator[None]:
             f"compiling took longer than {COMPILE_SECONDS / 60:.0f} minutes",
             "add a faster device with the compiler extra to the swarm",
         ) from None
+
+
+async def fetch_programs(
+    peers: Peers, store: BlobStore, source: DeviceId, programs: Mapping[str, ProgramEntry]
+) -> dict[str, Path]:
+    """The programs' files on this device, fetched from `source` where they are missing."""
+    found = {}
+    for name, entry in programs.items():
+        found[name] = await fetch(
+            store,
+            lambda d, offset, length: peers.read_blob(source, d, offset, length),
+            entry.digest,
+            entry.bytes,
+        )
+    return found
 
 
 class Programs:
@@ -118,13 +133,7 @@ class Programs:
             device, "programs.compile", to_map(request), timeout_seconds=COMPILE_SECONDS
         )
         programs = from_map(Compiled, answer).programs
-        for entry in programs.values():
-            await fetch(
-                self._store,
-                lambda d, offset, length: self._peers.read_blob(device, d, offset, length),
-                entry.digest,
-                entry.bytes,
-            )
+        await fetch_programs(self._peers, self._store, device, programs)
         await asyncio.to_thread(self._remember, request, programs)
         progress("at a peer", 1, 1)
         return programs

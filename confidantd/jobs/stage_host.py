@@ -17,6 +17,7 @@ from confidantd.errors import (
 )
 from confidantd.ids import DeviceId, Digest, JobId, is_job_id
 from confidantd.jobs.peers import Peers
+from confidantd.jobs.speeds import SpeedBook
 from confidantd.jobs.splits import Splits, program_request
 from confidantd.jobs.stage_blobs import StageBlobs
 from confidantd.jobs.worker_process import WorkerProcess
@@ -46,6 +47,7 @@ from confidantd.wire.worker import (
     Loaded,
     Measuring,
     StageAddress,
+    StepDone,
     command_from,
     message_map,
 )
@@ -68,6 +70,8 @@ class HeldStage:
     started: dict[type[Event], asyncio.Future[Event]] = field(default_factory=dict)
     trained: list[Digest] = field(default_factory=list)
     limit: asyncio.Timeout | None = None
+    assignment: StageAssignment | None = None
+    steps: int = 0  # done since the stage began
 
     def go_on(self) -> None:
         """A stage that measures its backends is at work: its time to load begins anew."""
@@ -90,6 +94,7 @@ class StageHost:
         granted: Callable[[], None],
         coordinator: Callable[[], DeviceId | None],
         splits: Splits,
+        speeds: SpeedBook,
     ) -> None:
         self._peers = peers
         self._store = store
@@ -102,6 +107,7 @@ class StageHost:
         self._grants_changed = granted
         self._coordinator = coordinator
         self._splits = splits
+        self._speeds = speeds
         self._held: dict[JobId, HeldStage] = {}
         self._epochs: dict[JobId, int] = {}
         self._deciding = asyncio.Lock()  # two offers at once must not get the same memory
@@ -206,9 +212,11 @@ class StageHost:
     ) -> StageStarted:
         log = self._home / "logs" / f"worker-{assignment.job}.log"
         held.process = await WorkerProcess.start(log)
+        await asyncio.to_thread(self._speeds.begin, assignment)
         loop = asyncio.get_running_loop()
         held.started = {kind: loop.create_future() for kind in (Listening, Loaded)}
         self._tasks.start(self._pump(held, held.process, assignment), f"events-{assignment.job}")
+        held.assignment = assignment
         await held.process.send(self._load(assignment, blobs))
         try:
             async with asyncio.timeout(LOAD_SECONDS) as held.limit:
@@ -248,6 +256,8 @@ class StageHost:
                 continue
             if isinstance(event, Failed) and self._fail_start(held, event):
                 continue
+            if isinstance(event, StepDone):
+                self._observe(held, assignment, event)
             if isinstance(event, Collected):
                 told: Event = await self._store_trained(held, event)
             else:
@@ -256,6 +266,12 @@ class StageHost:
                 assignment.job, assignment.epoch, assignment.stage, message_map(told)
             )
             await self._peers.notify(held.offer.owner, "stage.event", to_map(message))
+
+    def _observe(self, held: HeldStage, assignment: StageAssignment, step: StepDone) -> None:
+        """Learn from a step; the first one also fills memory and says nothing."""
+        if held.steps:
+            self._speeds.observe(assignment, step)
+        held.steps += 1
 
     def _fail_start(self, held: HeldStage, event: Failed) -> bool:
         """Give a failure to `_start_worker` if it still waits; False if nobody does."""
@@ -320,6 +336,8 @@ class StageHost:
         held = self._held.pop(job, None)
         if held is not None and held.process is not None:
             await asyncio.shield(held.process.stop())
+        if held is not None and held.assignment is not None and held.steps > 1:
+            await asyncio.to_thread(self._speeds.save, held.assignment)
         for digest in held.trained if held is not None else ():
             await asyncio.to_thread(self._store.remove, digest)
         self._grants_changed()

@@ -24,7 +24,12 @@ def timeline(plan: Mapping[str, Any], done: Mapping[str, Any] | None) -> dict[st
 def _predicted(plan: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
     """Spans of each stage, as the planner simulates the step."""
     stages = [
-        StageCost(s["forward_seconds"], s["seconds"] - s["forward_seconds"]) for s in plan["stages"]
+        StageCost(
+            s["forward_seconds"],
+            s["seconds"] - s["forward_seconds"],
+            s.get("update_seconds", 0.0),
+        )
+        for s in plan["stages"]
     ]
     links = [
         LinkCost(k["sending_seconds"], k["seconds"] - k["sending_seconds"]) for k in plan["links"]

@@ -6,17 +6,31 @@ from dataclasses import dataclass
 
 from confidantd.ids import DeviceId
 from confidantd.planner.simulate import LinkCost, StageCost
-from confidantd.planner.workload import PASSES, Form, Workload, stage_flops
+from confidantd.planner.speeds import block_seconds
+from confidantd.planner.workload import (
+    PASSES,
+    RECOMPUTED_SHARE,
+    Form,
+    Workload,
+    head_flops,
+    stage_flops,
+    trained_parameters,
+)
+from confidantd.wire.speeds import Speeds
 
 ASSUMED_GFLOPS = 5.0  # of a device that has not been measured: a slow phone
 ASSUMED_MBPS = 50.0  # of a link that has not been measured: ordinary Wi-Fi
 ASSUMED_ROUND_TRIP_SECONDS = 0.005
 GENERATION_EFFICIENCY = 0.05  # products with one row are bound by memory, not arithmetic
+UPDATE_FLOPS = 120.0  # AdamW is bound by memory: of one parameter it takes as long as so many
 
 
 @dataclass(frozen=True, slots=True)
 class PlanDevice:
-    """A device as the planner sees it; `gflops` 0 and None are unmeasured."""
+    """A device as the planner sees it; `gflops` 0 and None are unmeasured.
+
+    `speeds` were measured with blocks of the workload's shape; without them `gflops` counts.
+    """
 
     id: DeviceId
     name: str
@@ -25,26 +39,70 @@ class PlanDevice:
     bandwidth_mbps: float | None = None
     round_trip_seconds: float | None = None
     backends: tuple[str, ...] = ("cpu",)
+    speeds: Speeds | None = None
 
 
 def stage_seconds(
-    work: Workload, device: PlanDevice, layers: int, *, head: bool, form: Form = "saved"
+    work: Workload,
+    device: PlanDevice,
+    layers: int,
+    *,
+    head: bool,
+    embedding: bool = False,
+    form: Form = "saved",
 ) -> float:
-    """Seconds of one microbatch (training) or one token (generation) on a device."""
-    gflops = device.gflops or ASSUMED_GFLOPS
-    if work.method is None:
-        gflops *= GENERATION_EFFICIENCY
-    return stage_flops(work, layers, head=head, form=form) / (gflops * 1e9)
+    """Seconds of one microbatch (training) or one token (generation) on a device, with its part
+    of the optimizer's.
+    """
+    cost = stage_cost(work, device, layers, head=head, embedding=embedding, form=form)
+    return microbatch_seconds(work, cost)
+
+
+def microbatch_seconds(work: Workload, cost: StageCost) -> float:
+    """Of a stage: both passes, and its part of the optimizer's seconds."""
+    return cost.forward + cost.backward + cost.update / work.microbatches
 
 
 def stage_cost(
-    work: Workload, device: PlanDevice, layers: int, *, head: bool, form: Form = "saved"
+    work: Workload,
+    device: PlanDevice,
+    layers: int,
+    *,
+    head: bool,
+    embedding: bool = False,
+    form: Form = "saved",
 ) -> StageCost:
-    """Seconds of forward and backward of one microbatch in training, and of the optimizer."""
-    whole = stage_seconds(work, device, layers, head=head, form=form)
-    saved = stage_seconds(work, device, layers, head=head)
-    forward = saved / PASSES[work.method]
-    return StageCost(forward, whole - forward)
+    """Seconds of forward and backward of one microbatch in training, and of the optimizer.
+
+    A head that was not measured runs at the blocks' pace.
+    """
+    speeds = device.speeds or assumed_speeds(work, device.gflops or ASSUMED_GFLOPS)
+    forward, backward = block_seconds(speeds, "saved" if work.method is None else form)
+    ends = speeds.embedding if embedding else 0.0
+    if head and speeds.head is None:
+        pace = (speeds.forward + speeds.backward) / stage_flops(work, 1, head=False)
+        ends += pace * head_flops(work)
+    elif head and speeds.head is not None:
+        ends += speeds.head
+    trained = trained_parameters(work, layers, embedding=embedding, head=head)
+    return StageCost(layers * forward, layers * backward + ends, trained * speeds.update)
+
+
+def assumed_speeds(work: Workload, gflops: float) -> Speeds:
+    """What a device of this speed (float32 products) takes, where nothing was measured."""
+    if work.method is None:
+        gflops *= GENERATION_EFFICIENCY
+    pace = 1 / (gflops * 1e9)
+    forward = pace * stage_flops(work, 1, head=False) / PASSES[work.method]
+    backward = (PASSES[work.method] - 1) * forward
+    return Speeds(
+        forward=forward,
+        backward=backward,
+        forward_again=forward,
+        backward_again=backward + RECOMPUTED_SHARE * forward,
+        head=pace * head_flops(work),
+        update=pace * UPDATE_FLOPS,
+    )
 
 
 def link_cost(work: Workload, first: PlanDevice, second: PlanDevice) -> LinkCost:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from confidantd.planner.workload import FLOAT_BYTES, Form, Workload
+from confidantd.planner.workload import (
+    FLOAT_BYTES,
+    Form,
+    Workload,
+    held_parameters,
+    trained_parameters,
+)
 from confidantd.schedule.one_f_one_b import in_flight
 
 RUNTIME_BYTES = 90 * 1024 * 1024  # a worker with numpy, onnxruntime and its links, measured
@@ -54,13 +60,9 @@ def stage_memory(
     """The estimate for a stage of `layers` blocks, at place `stage` of `stages`, whose blocks
     are shared out between the CPU and `providers` further backends.
     """
-    ends = work.embedding_parameters if embedding else 0
-    if head and not (work.tied and embedding):
-        ends += work.head_parameters
-    frozen = layers * work.block_parameters + ends
-    adapter = layers * work.block_adapter
-    trained = {"full": frozen, "lora": adapter, None: 0}[work.method]
-    held = frozen + (adapter if work.method == "lora" else 0)
+    held = held_parameters(work, layers, embedding=embedding, head=head)
+    held += layers * work.block_adapter if work.method == "lora" else 0
+    trained = trained_parameters(work, layers, embedding=embedding, head=head)
     kept = 0
     if work.method is not None:
         flying = in_flight(stage, stages, work.microbatches)

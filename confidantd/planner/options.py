@@ -7,7 +7,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from confidantd.planner.costs import PlanDevice, link_cost, stage_cost
+from confidantd.planner.costs import PlanDevice, link_cost, microbatch_seconds, stage_cost
 from confidantd.planner.memory import stage_memory
 from confidantd.planner.simulate import LinkCost
 from confidantd.planner.workload import Form, Workload
@@ -17,8 +17,8 @@ FORMS: tuple[Form, ...] = ("saved", "recompute")  # the faster one first
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """Seconds of a microbatch (or token) with some number of layers, those of its forward, and
-    the form that fits.
+    """Seconds of a microbatch (or token) with some number of layers and its part of the
+    optimizer's, those of its forward, and the form that fits.
     """
 
     seconds: float
@@ -40,13 +40,15 @@ class Options:
 
     def _at(self, device: int, place: int) -> tuple[Option, ...]:
         """Options for 1, 2, ... layers, as many as fit; never faster with more of them."""
-        holder, head = self._devices[device], place == self._stages - 1
+        holder, head, embedding = self._devices[device], place == self._stages - 1, place == 0
         found: list[Option] = []
         for form in FORMS:
             fit = self._fitting(holder, place, form)
             for layers in range(len(found) + 1, fit + 1):
-                cost = stage_cost(self._work, holder, layers, head=head, form=form)
-                found.append(Option(cost.forward + cost.backward, cost.forward, form))
+                cost = stage_cost(
+                    self._work, holder, layers, head=head, embedding=embedding, form=form
+                )
+                found.append(Option(microbatch_seconds(self._work, cost), cost.forward, form))
         return tuple(found)
 
     def _fitting(self, device: PlanDevice, place: int, form: Form) -> int:

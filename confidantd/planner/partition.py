@@ -15,7 +15,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from confidantd.ids import DeviceId
-from confidantd.planner.costs import ASSUMED_GFLOPS, PlanDevice, link_cost, stage_cost
+from confidantd.planner.costs import (
+    PlanDevice,
+    link_cost,
+    microbatch_seconds,
+    stage_cost,
+    stage_seconds,
+)
 from confidantd.planner.pace import NOTHING, before, behind, step_seconds
 from confidantd.planner.search import Search
 from confidantd.planner.workload import Form, Workload
@@ -96,7 +102,7 @@ def alternatives(
             continue
         enough = math.inf if size <= SHORT else MUCH_SLOWER * cost(best, owner)
         fastest: Partition | None = None
-        for chosen, choices in _exact(_ranked(devices, owner), size):
+        for chosen, choices in _exact(_ranked(work, devices, owner), size):
             one = _fastest(work, chosen, choices, owner, enough)
             if one is not None:
                 fastest, enough = one, cost(one, owner)
@@ -127,7 +133,7 @@ def predicted_seconds(
     last = len(order) - 1
     links = [link_cost(work, a, b) for a, b in itertools.pairwise(order)]
     costs = [
-        stage_cost(work, device, count, head=index == last, form=form)
+        stage_cost(work, device, count, head=index == last, embedding=index == 0, form=form)
         for index, (device, count, form) in enumerate(zip(order, layers, forms, strict=True))
     ]
     if work.method is None:
@@ -140,7 +146,7 @@ def predicted_seconds(
             suffix = behind(suffix, links[index], count)
         cost = costs[index]
         flying = in_flight(index, last + 1, count)
-        suffix = before(suffix, cost.forward, cost.forward + cost.backward, flying, count)
+        suffix = before(suffix, cost.forward, microbatch_seconds(work, cost), flying, count)
     return step_seconds(suffix, count)
 
 
@@ -151,7 +157,7 @@ def _pipelines(
     work: Workload, devices: Sequence[PlanDevice], owner: DeviceId, *, use_all: bool
 ) -> _Pipelines:
     """Devices, and which of them may stand at each place: the shorter pipelines first."""
-    ranked = _ranked(devices, owner)
+    ranked = _ranked(work, devices, owner)
     spacious = _spacious(ranked)
     sizes = [len(ranked)] if use_all else list(_sizes(min(len(ranked), work.layers)))
     # a good one soon leaves little to search
@@ -171,9 +177,10 @@ def _exact(ranked: list[PlanDevice], size: int) -> _Pipelines:
         yield chosen, [list(range(len(chosen)))] * size
 
 
-def _ranked(devices: Sequence[PlanDevice], owner: DeviceId) -> list[PlanDevice]:
+def _ranked(work: Workload, devices: Sequence[PlanDevice], owner: DeviceId) -> list[PlanDevice]:
     """The owner first, then the fastest."""
-    return sorted(devices, key=lambda d: (d.id != owner, -(d.gflops or ASSUMED_GFLOPS), d.id))
+    each = {d.id: stage_seconds(work, d, 1, head=False) for d in devices}
+    return sorted(devices, key=lambda d: (d.id != owner, each[d.id], d.id))
 
 
 def _spacious(ranked: list[PlanDevice]) -> list[PlanDevice]:

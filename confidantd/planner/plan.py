@@ -9,7 +9,7 @@ from typing import Any
 
 from confidantd.errors import DeviceError, DoesNotFitError
 from confidantd.ids import DeviceId
-from confidantd.planner.costs import PlanDevice, link_cost, stage_cost, stage_seconds
+from confidantd.planner.costs import PlanDevice, link_cost, stage_cost
 from confidantd.planner.memory import stage_memory
 from confidantd.planner.partition import Partition, alternatives, best_partition, predicted_seconds
 from confidantd.planner.simulate import simulate
@@ -47,6 +47,8 @@ class StagePlan:
     unmeasured: tuple[str, ...] = ()
     cpu_only: bool = False
     forward_seconds: float = 0.0  # of a microbatch; the rest of `seconds` is its backward
+    update_seconds: float = 0.0  # of the optimizer, once a step
+    measured: bool = False  # on blocks of this shape, on this device
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +185,7 @@ def _seconds(work: Workload, found: Partition, forms: Sequence[Form]) -> float:
         return predicted_seconds(work, found.devices, found.layers)
     last = len(found.devices) - 1
     stages = [
-        stage_cost(work, device, layers, head=index == last, form=form)
+        stage_cost(work, device, layers, head=index == last, embedding=index == 0, form=form)
         for index, (device, layers, form) in enumerate(
             zip(found.devices, found.layers, forms, strict=True)
         )
@@ -209,6 +211,7 @@ def _stage(work: Workload, found: Partition, index: int, first: int) -> StagePla
         ).total  # fmt: skip
         if memory <= device.available_bytes:
             break
+    cost = stage_cost(work, device, layers, head=head, embedding=embedding, form=form)
     return StagePlan(
         device=device.id,
         name=device.name,
@@ -218,13 +221,15 @@ def _stage(work: Workload, found: Partition, index: int, first: int) -> StagePla
         head=head,
         memory_bytes=memory,
         available_bytes=device.available_bytes,
-        seconds=stage_seconds(work, device, layers, head=head, form=form),
+        seconds=cost.forward + cost.backward,
         heads=work.heads,
         columns=work.columns,
         form=form,
         unmeasured=others if providers else (),
         cpu_only=bool(others) and not providers,
-        forward_seconds=stage_cost(work, device, layers, head=head, form=form).forward,
+        forward_seconds=cost.forward,
+        update_seconds=cost.update,
+        measured=device.speeds is not None,
     )
 
 
@@ -321,6 +326,8 @@ def _stage_json(stage: StagePlan) -> dict[str, Any]:
         "available_bytes": stage.available_bytes,
         "seconds": stage.seconds,
         "forward_seconds": stage.forward_seconds,
+        "update_seconds": stage.update_seconds,
+        "measured": stage.measured,
         "form": stage.form,
         "backends": [
             {"name": share.name, "heads": share.heads, "columns": share.columns}

@@ -3,7 +3,8 @@
 Every stage does its actions in order, as the runner does: receives wait, sends do not. A
 transfer takes the sender's uplink and the receiver's downlink for as long as the slower of
 the two needs, one after the other in the order of sending, and arrives a latency later. So
-a device that talks to two neighbours shares its radio between them.
+a device that talks to two neighbours shares its radio between them. The optimizer's steps
+begin together, after all backwards and a round of the pipeline for the gradients' global norm.
 """
 
 from __future__ import annotations
@@ -103,19 +104,20 @@ class _Run:
         """Run until nothing is left to do."""
         while any(self._left):
             ready = list(self._ready())
-            if not ready:
+            if not ready and not self._agree():
                 waiting = [i for i, left in enumerate(self._left) if left]
                 raise DeadlockError(f"stages {waiting} wait for each other")
-            begins, stage = min(ready)
-            self._now[stage] = begins
-            self._act(stage, self._left[stage].popleft())
+            if ready:
+                begins, stage = min(ready)
+                self._now[stage] = begins
+                self._act(stage, self._left[stage].popleft())
         last = max(self._now, default=0.0)
         return Simulation(last, tuple(sorted(self._spans, key=lambda s: (s.stage, s.start))))
 
     def _ready(self) -> Iterator[tuple[float, int]]:
         """Stages whose next action can begin, and when."""
         for stage, left in enumerate(self._left):
-            if not left:
+            if not left or left[0].kind is ActionKind.STEP:
                 continue
             action = left[0]
             if action.kind not in _RECEIVES:
@@ -123,6 +125,16 @@ class _Run:
             elif (stage, action.kind, action.microbatch) in self._arrived:
                 there = self._arrived[stage, action.kind, action.microbatch]
                 yield max(self._now[stage], there), stage
+
+    def _agree(self) -> bool:
+        """All stages have nothing left but the optimizer: they know the norm of all gradients."""
+        if any(not left or left[0].kind is not ActionKind.STEP for left in self._left):
+            return False
+        begins = max(self._now) + 2 * sum(link.latency for link in self._links)
+        for stage, left in enumerate(self._left):
+            self._now[stage] = begins
+            self._compute(stage, left.popleft())
+        return True
 
     def _act(self, stage: int, action: Action) -> None:
         if action.kind in _ARRIVES_AS:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 FLOAT_BYTES = 4
-RECOMPUTED_SHARE = 0.75  # of a forward; measured on a Llama block of 768
+# Of a forward that the recompute form runs a second time: all but its two last products;
+# measured on a Llama block of 768.
+RECOMPUTED_SHARE = 0.75
 Method = Literal["full", "lora"]
 Form = Literal["saved", "recompute"]
 # Forwards that forward and backward together cost: frozen weights need no gradient of their own.
@@ -55,20 +57,34 @@ class Workload:
         return FLOAT_BYTES * self.hidden * (self.tokens if self.method else 1)
 
 
-def stage_flops(work: Workload, layers: int, *, head: bool, form: Form = "saved") -> float:
+def stage_flops(work: Workload, layers: int, *, head: bool) -> float:
     """Floating-point operations of one microbatch on a stage (of one token in generation).
 
     A product with n weights costs 2n a token, exact attention 4 S H Dh a token.
     The backward costs two forwards in full fine-tuning and about one with frozen weights.
-    The recompute form runs a block's forward a second time, all but its two last products.
     """
     tokens = work.tokens if work.method else 1
     attention = 4 * work.sequence_length * work.heads * work.head_dim
     block = tokens * (2 * (work.block_parameters + work.block_adapter) + attention)
-    passes = PASSES[work.method]
-    if work.method is not None and form == "recompute":
-        passes += RECOMPUTED_SHARE
-    flops = passes * layers * block
-    if head:
-        flops += PASSES[work.method] * 2 * tokens * work.hidden * work.vocabulary
-    return flops
+    return PASSES[work.method] * layers * block + (head_flops(work) if head else 0.0)
+
+
+def head_flops(work: Workload) -> float:
+    """Floating-point operations of the head for one microbatch (of one token in generation)."""
+    tokens = work.tokens if work.method else 1
+    return PASSES[work.method] * 2 * tokens * work.hidden * work.vocabulary
+
+
+def held_parameters(work: Workload, layers: int, *, embedding: bool, head: bool) -> int:
+    """Parameters of the model on a stage, without an adapter's; a tied table counts once."""
+    ends = work.embedding_parameters if embedding else 0
+    if head and not (work.tied and embedding):
+        ends += work.head_parameters
+    return layers * work.block_parameters + ends
+
+
+def trained_parameters(work: Workload, layers: int, *, embedding: bool, head: bool) -> int:
+    """Parameters that the optimizer changes on a stage."""
+    if work.method == "full":
+        return held_parameters(work, layers, embedding=embedding, head=head)
+    return layers * work.block_adapter if work.method == "lora" else 0

@@ -6,6 +6,8 @@
 | `job.negotiate` | owner | coordinator | `PlanRequest` -> plan that every device accepted |
 | `stage.offer` | coordinator | device | `Offer` -> `OfferAnswer` |
 | `stage.backends` | coordinator | device | `BackendsQuestion` -> `BackendsAnswer` |
+| `device.speeds` | coordinator | device | `SpeedsQuestion` -> `SpeedsAnswer` |
+| `device.measure` | owner | device | `Measure` -> `SpeedsAnswer` |
 | `stage.withdraw` | coordinator | device | `StopStage`: the final plan does not use the offer |
 | `stage.start` | owner | device | `StageAssignment` -> `StageStarted` |
 | `stage.command` | owner | device | `StageCommand` |
@@ -22,6 +24,7 @@ from typing import Any, Literal
 
 from confidantd.ids import DeviceId, JobId
 from confidantd.models.spec import Form, LoraSpec, Method, ModelSpec, ProgramRequest
+from confidantd.wire.speeds import Speeds
 from confidantd.wire.stage import BackendShare, ProgramEntry
 
 Objective = Literal["train", "generate"]
@@ -88,6 +91,30 @@ class BackendsAnswer:
 
     shares: tuple[BackendShare, ...] = ()
     seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedsQuestion:
+    """How fast a device is with blocks of these programs' shape."""
+
+    request: ProgramRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """Measure that, with these programs, which `source` serves."""
+
+    request: ProgramRequest
+    programs: dict[str, ProgramEntry]
+    source: DeviceId
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedsAnswer:
+    """What is known; None if nothing was measured, with the reason if that failed."""
+
+    speeds: Speeds | None
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,10 +47,22 @@ def test_every_schedule_ends_within_its_bounds(
     assert found.seconds >= max(each) * (1 - 1e-9)
     assert found.seconds >= there_and_back * (1 - 1e-9)
     in_a_row = sum(each) + microbatches * sum(2 * (k.seconds + k.latency) for k in links)
+    in_a_row += sum(2 * k.latency for k in links)  # a round for the norm
     assert found.seconds <= in_a_row * (1 + 1e-9)
     assert len(found.spans) == len(stages) * (2 * microbatches + 1)
     for stage, cost in enumerate(each):
         assert busy_seconds(found, stage) == pytest.approx(cost)
+
+
+@given(stages=STAGES, links=LINKS, microbatches=MICROBATCHES)
+def test_the_optimizer_begins_after_all_backwards_and_a_round_for_the_norm(
+    stages: list[StageCost], links: list[LinkCost], microbatches: int
+) -> None:
+    links = links[: len(stages) - 1]
+    spans = simulate(stages, links, microbatches).spans
+    backwards = max(s.end for s in spans if s.kind is ActionKind.BACKWARD)
+    begins = [s.start for s in spans if s.kind is ActionKind.STEP]
+    assert begins == pytest.approx([backwards + 2 * sum(k.latency for k in links)] * len(stages))
 
 
 @given(stages=STAGES, links=LINKS, microbatches=MICROBATCHES)

@@ -1,0 +1,216 @@
+"""`python -m confidantd.engine.block_speed QUESTION ANSWER`: what blocks of a shape take here.
+
+In a process of its own, so that memory returns and the daemon never loads onnxruntime. It
+runs the stages that jobs run, on random weights: one block in both forms, the head, the
+embedding and the optimizer, each some times, and takes medians.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from confidantd.engine.decode_stage import DecodeStage
+from confidantd.engine.tensors import Floats, Reader
+from confidantd.engine.train_stage import TrainStage
+from confidantd.errors import ConfidantError, DoesNotFitError
+from confidantd.models.spec import Form, ProgramRequest
+from confidantd.models.tensors import block_sources, embedding_sources, head_sources
+from confidantd.wire.codec import from_map, to_map
+from confidantd.wire.speeds import Speeds
+from confidantd.wire.stage import StageSpec
+
+ROUNDS = 3  # the median of so many; the first one also fills memory and is not counted
+TOKENS = 8  # of generation: they are short
+PAST = 64  # positions in the cache before them
+SOME_FLOATS = 1 << 20  # random numbers, repeated: to draw a whole table takes seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What is measured, with the programs in files; `ends`: the head and the embedding too."""
+
+    request: ProgramRequest
+    programs: Mapping[str, Path]
+    threads: int
+    ends: bool
+
+    def speeds(self, progress: Callable[[int, int], None]) -> Speeds:
+        """All of it."""
+        if self.request.purpose == "generate":
+            return self._generation(progress)
+        return self._training(progress)
+
+    def _training(self, progress: Callable[[int, int], None]) -> Speeds:
+        progress(0, 4)
+        saved = self._stage(blocks=1)
+        forward, backward = _passes(saved, *self._hidden())
+        update = self._update(saved)
+        del saved
+        progress(1, 4)
+        again = _passes(self._stage(blocks=1, form="recompute"), *self._hidden())
+        progress(2, 4)
+        head = self._head() if self.ends else None
+        progress(3, 4)
+        embedding = self._embedding() if self.ends and self.request.method == "full" else 0.0
+        progress(4, 4)
+        return Speeds(forward, backward, *again, head, embedding, update)
+
+    def _update(self, stage: TrainStage) -> float:
+        """Seconds per parameter; a step that follows no backward would have nothing to do."""
+        x, dy = self._hidden()
+
+        def gradients() -> None:
+            stage.forward(0, x)
+            stage.backward(0, dy)
+
+        seconds = _median(lambda: stage.step(1e-4, 1.0), before=gradients)
+        return seconds / max(stage.trained_parameters(), 1)
+
+    def _hidden(self) -> tuple[Floats, Floats]:
+        request = self.request
+        shape = (request.microbatch_size, request.sequence_length, request.model.block.hidden)
+        return _some(shape), _some(shape)[::-1].copy()
+
+    def _head(self) -> float:
+        stage, (x, _) = self._stage(head=True), self._hidden()
+        labels = self._ids()
+
+        def both() -> None:
+            stage.forward(0, x)
+            stage.set_labels(0, labels, 1.0)
+            stage.backward(0, None)
+
+        return _median(both)
+
+    def _embedding(self) -> float:
+        stage, (_, dy) = self._stage(embedding=True), self._hidden()
+        ids = self._ids()
+
+        def both() -> None:
+            stage.forward(0, ids)
+            stage.backward(0, dy)
+
+        return _median(both)
+
+    def _ids(self) -> NDArray[np.int64]:
+        request = self.request
+        shape = (request.microbatch_size, request.sequence_length)
+        return np.random.default_rng(0).integers(0, request.model.vocabulary, shape)
+
+    def _stage(
+        self, *, blocks: int = 0, embedding: bool = False, head: bool = False, form: Form = "saved"
+    ) -> TrainStage:
+        request = self.request
+        spec = replace(
+            self._spec(blocks, embedding=embedding, head=head),
+            training=request.method,
+            lora=request.lora,
+            form=form,
+            microbatch_size=request.microbatch_size,
+            sequence_length=request.sequence_length,
+        )
+        return TrainStage(spec, self.programs, self._reader(), None, self.threads)
+
+    def _generation(self, progress: Callable[[int, int], None]) -> Speeds:
+        progress(0, 2)
+        model = self.request.model
+        past = PAST
+        if model.positions == "learned":
+            past = max(1, min(PAST, model.max_positions - TOKENS - 1))
+        block = self._decoder(self._spec(1))
+        block.forward(0, _some((1, past, model.block.hidden)))
+        forward = self._token_seconds(block)
+        progress(1, 2)
+        head = None
+        if self.ends:
+            head = self._token_seconds(self._decoder(self._spec(0, head=True)))
+        progress(2, 2)
+        return Speeds(forward, head=head)
+
+    def _token_seconds(self, stage: DecodeStage) -> float:
+        token = _some((1, 1, self.request.model.block.hidden))
+        return _median(lambda: stage.forward(0, token), TOKENS)
+
+    def _decoder(self, spec: StageSpec) -> DecodeStage:
+        return DecodeStage(spec, self.programs, self._reader(), None, self.threads)
+
+    def _spec(self, blocks: int, *, embedding: bool = False, head: bool = False) -> StageSpec:
+        model = replace(self.request.model, layers=1, tied=False)
+        return StageSpec(model, 0, blocks, embedding, head, None)
+
+    def _reader(self) -> Reader:
+        model = replace(self.request.model, layers=1, tied=False)
+        sources = (*block_sources(model, 0), *embedding_sources(model), *head_sources(model))
+        shapes = {source.name: source.shape for source in sources}
+        return lambda name: _some(shapes[name])
+
+
+def _passes(stage: TrainStage, x: Floats, dy: Floats) -> tuple[float, float]:
+    """Median seconds of a forward and of a backward."""
+    times = []
+    for _ in range(1 + ROUNDS):
+        started = time.perf_counter()
+        stage.forward(0, x)
+        between = time.perf_counter()
+        stage.backward(0, dy)
+        times.append((between - started, time.perf_counter() - between))
+    forward, backward = (statistics.median(t) for t in zip(*times[1:], strict=True))
+    return forward, backward
+
+
+def _median(
+    work: Callable[[], Any], rounds: int = ROUNDS, before: Callable[[], Any] = lambda: None
+) -> float:
+    """Seconds of `work`, without those of what comes `before` each time."""
+    times = []
+    for _ in range(1 + rounds):
+        before()
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
+
+
+def _some(shape: tuple[int, ...]) -> Floats:
+    """Small random numbers of either sign."""
+    numbers = np.random.default_rng(1).standard_normal(SOME_FLOATS, np.float32)
+    return np.resize(numbers * np.float32(0.02), shape)
+
+
+def main(question: Path, answer: Path) -> int:
+    """Exit status 0 if the answer is written, else 1 and an error line."""
+    fields = json.loads(question.read_text())
+    try:
+        bench = Bench(
+            from_map(ProgramRequest, fields["request"]),
+            {name: Path(path) for name, path in fields["programs"].items()},
+            int(fields["threads"]),
+            bool(fields["ends"]),
+        )
+        found = bench.speeds(lambda done, of: _say({"progress": "blocks", "done": done, "of": of}))
+    except ConfidantError as failure:
+        _say({"error": failure.to_wire()})
+        return 1
+    except MemoryError:
+        _say({"error": DoesNotFitError("there is no memory to measure a block").to_wire()})
+        return 1
+    answer.write_text(json.dumps(to_map(found)))
+    return 0
+
+
+def _say(message: dict[str, Any]) -> None:
+    print(json.dumps(message), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))

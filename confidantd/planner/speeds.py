@@ -1,0 +1,57 @@
+"""How measured speeds are read, and how running steps correct them; pure."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+from confidantd.planner.workload import Form
+from confidantd.wire.speeds import Speeds
+
+SMOOTHING = 0.3  # weight of the newest step: one is noisy, a hot phone stays hot
+LIKELY = 100.0  # a step that differs by more than this factor is a clock that jumped
+MOST_SECONDS = 1e6
+_SECONDS = tuple(field.name for field in fields(Speeds) if field.name != "head")
+
+
+def block_seconds(speeds: Speeds, form: Form) -> tuple[float, float]:
+    """Forward and backward of one block; computing again is never taken to be faster."""
+    saved = speeds.forward + speeds.backward
+    if form == "saved":
+        return speeds.forward, speeds.backward
+    forward = min(speeds.forward_again, saved)
+    return forward, max(speeds.backward_again, saved - forward)
+
+
+def with_block(speeds: Speeds, seconds: float, form: Form) -> Speeds:
+    """With blocks that take `seconds` for both passes, as several backends together do."""
+    before = sum(block_seconds(speeds, form))
+    ratio = seconds / before if before > 0 else 1.0
+    if form == "saved":
+        return replace(speeds, forward=speeds.forward * ratio, backward=speeds.backward * ratio)
+    return replace(
+        speeds,
+        forward_again=speeds.forward_again * ratio,
+        backward_again=speeds.backward_again * ratio,
+    )
+
+
+def scaled(speeds: Speeds, ratio: float) -> Speeds:
+    """Everything that many times as slow."""
+    head = None if speeds.head is None else speeds.head * ratio
+    return Speeds(head=head, **{name: getattr(speeds, name) * ratio for name in _SECONDS})
+
+
+def corrected(speeds: Speeds, predicted: float, measured: float) -> Speeds:
+    """After a step in which a stage took `measured` seconds instead of `predicted` by these.
+
+    What slows a stage (heat, another program) slows all of it.
+    """
+    if predicted <= 0 or not 1 / LIKELY < measured / predicted < LIKELY:
+        return speeds
+    return scaled(speeds, 1 + SMOOTHING * (measured / predicted - 1))
+
+
+def valid(found: Speeds) -> bool:
+    """Whether all numbers can be seconds: what a peer says may be anything."""
+    numbers = [getattr(found, name) for name in _SECONDS] + [found.head or 0.0]
+    return found.forward > 0 and all(0 <= n < MOST_SECONDS for n in numbers)
