@@ -22,11 +22,11 @@ from confidantd.identity.certificate import load_or_create
 from confidantd.identity.trust import TrustStore
 from confidantd.ids import DeviceId
 from confidantd.jobs.coordinator import Coordinator
-from confidantd.jobs.launch import JobServices
 from confidantd.jobs.peers import Peers
 from confidantd.jobs.pipeline import PipelineRouter
 from confidantd.jobs.programs import Programs
 from confidantd.jobs.service import Jobs
+from confidantd.jobs.services import JobServices
 from confidantd.jobs.speeds import SpeedBook, SpeedMeasuring
 from confidantd.jobs.splits import Splits
 from confidantd.jobs.stage_host import StageHost

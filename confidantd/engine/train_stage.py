@@ -20,9 +20,11 @@ from confidantd.engine.split.head import SplitHead
 from confidantd.engine.split.scheduled import ScheduledBlocks
 from confidantd.engine.split.team import Report, Team
 from confidantd.engine.tensors import Floats, Reader
-from confidantd.engine.trained_weights import StageWeights
+from confidantd.engine.trained_weights import StageWeights, State, no_state
 from confidantd.errors import WorkerError
 from confidantd.models.parts import ROWS
+from confidantd.models.stage_parts import Part
+from confidantd.models.tensors import Source
 from confidantd.wire.stage import StageSpec
 
 Array = NDArray[Any]
@@ -60,27 +62,47 @@ class TrainStage:
         read_adapter: Reader | None,
         threads: int,
         backend: Backend | None = None,
+        state: State = no_state,
+        steps_done: int = 0,
     ) -> None:
         self._spec = spec
-        self._paths, self._threads = programs, threads
-        sizes = {ROWS: spec.microbatch_size}
-        self._programs = {
-            **load_programs(programs, _embedding(spec), threads),
-            **load_programs(
-                programs, HEAD_PROGRAMS if spec.head else set(), threads, backend, sizes
-            ),
-        }
+        self._paths, self._threads, self._backend = programs, threads, backend
         self._team: Team | None = None
         self._split_head: SplitHead | None = None
         self._scheduled: ScheduledBlocks | None = None
-        self._blocks: BlockRunner | None = None
-        if spec.past_last_layer > spec.first_layer:
-            self._blocks = FusedBlocks(load_programs(programs, BLOCK_PROGRAMS, threads, backend))
-        self._weights = StageWeights(spec, read, read_adapter)
+        self._load_programs()
+        self._weights = StageWeights(spec, read, read_adapter, state)
         self._kept: dict[int, _Kept] = {}
         self._labels: dict[int, tuple[Array, Array]] = {}
         self._loss = 0.0
-        self._step = 0
+        self._step = steps_done
+
+    def _load_programs(self) -> None:
+        """Those that this stage runs, on one backend."""
+        spec, paths, threads, backend = self._spec, self._paths, self._threads, self._backend
+        sizes = {ROWS: spec.microbatch_size}
+        head = HEAD_PROGRAMS if spec.head else set()
+        self._programs = {
+            **load_programs(paths, _embedding(spec), threads),
+            **load_programs(paths, head, threads, backend, sizes),
+        }
+        self._blocks: BlockRunner | None = None
+        if spec.past_last_layer > spec.first_layer:
+            self._blocks = FusedBlocks(load_programs(paths, BLOCK_PROGRAMS, threads, backend))
+
+    def become(
+        self, spec: StageSpec, read: Reader, read_adapter: Reader | None, state: State
+    ) -> None:
+        """Go on as another stage of the same job, between two steps.
+
+        What both have in common stays where it is; `state` gives what others trained so far
+        of the rest. Afterwards it runs on one backend until `schedule`.
+        """
+        self.close()
+        self._team, self._split_head, self._scheduled = None, None, None
+        self._spec = spec
+        self._load_programs()
+        self._weights = StageWeights(spec, read, read_adapter, state, self._weights)
 
     def schedule(
         self,
@@ -222,6 +244,10 @@ class TrainStage:
         self._loss = 0.0
         if self._scheduled is not None:
             self._scheduled.end_step()
+
+    def states(self, parts: frozenset[Part]) -> Iterator[tuple[Source, tuple[Floats, ...]]]:
+        """Trained tensors of some parts with their moments, each flat."""
+        return self._weights.states(parts)
 
     def trained(self) -> Iterator[tuple[str, Floats]]:
         """Results under Hugging Face (lora: `peft`) names and layout, float32, C order."""

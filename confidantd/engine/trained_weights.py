@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -19,10 +19,12 @@ from confidantd.engine.adamw import (
 from confidantd.engine.lora import load_factor
 from confidantd.engine.tensors import Floats, Reader, load
 from confidantd.models.adapter import adapter_sources
+from confidantd.models.stage_parts import EMBEDDING, HEAD, Part, kept_parts
 from confidantd.models.tensors import Source, block_sources, embedding_sources, head_sources
-from confidantd.wire.stage import OptimizerSpec, StageSpec
+from confidantd.wire.stage import OptimizerSpec, StageSpec, parts_of
 
 GRADIENT = "gradient."
+State = Callable[[str], Floats | None]  # of a tensor's name in the checkpoint (or adapter)
 
 
 class Trained:
@@ -69,6 +71,15 @@ class Trained:
         """Start the next step."""
         self._filled.clear()
 
+    def state(self) -> tuple[Floats, Floats, Floats]:
+        """All that another device needs to go on: weight and moments, flat."""
+        return self.weight.reshape(-1), self.moments.first, self.moments.second
+
+    def restore(self, state: Floats) -> None:
+        """Go on from [3, size]: what `state` gave elsewhere."""
+        for mine, found in zip(self.state(), state, strict=True):
+            mine[...] = found
+
 
 @dataclass(slots=True)
 class Group:
@@ -92,34 +103,73 @@ class Group:
                 self.trained[name.removeprefix(GRADIENT)].add(array)
 
 
-class StageWeights:
-    """Every weight of a training stage; a tied table that is both ends exists once."""
+def no_state(_: str) -> Floats | None:
+    """Of a job that begins: everything comes from the checkpoint."""
+    return None
 
-    def __init__(self, spec: StageSpec, read: Reader, read_adapter: Reader | None) -> None:
-        self._spec = spec
+
+class StageWeights:
+    """Every weight of a training stage; a tied table that is both ends exists once.
+
+    `state` gives what another device trained of a tensor, [3, size], which then counts
+    instead of the checkpoint's. What `old`, the weights of the stage this device held
+    before, has in common with this one is taken over from there; the rest of it is dropped.
+    """
+
+    def __init__(
+        self,
+        spec: StageSpec,
+        read: Reader,
+        read_adapter: Reader | None,
+        state: State = no_state,
+        old: StageWeights | None = None,
+    ) -> None:
+        self._spec, self._state = spec, state
         self._by_name: dict[str, Trained] = {}
-        self.embedding = self._group(embedding_sources(spec.model), read, there=spec.embedding)
+        kept = {} if old is None else old.taken(parts_of(spec), tied=spec.model.tied)
+        self.embedding = kept.get(EMBEDDING) or self._group(
+            embedding_sources(spec.model), read, there=spec.embedding
+        )
         self.blocks = [
-            self._block(layer, read, read_adapter)
+            kept.get(layer) or self._block(layer, read, read_adapter)
             for layer in range(spec.first_layer, spec.past_last_layer)
         ]
         self.head = Group()
         if spec.head:
-            self.head = self._head(read)
+            self.head = kept.get(HEAD) or self._head(read)
+        for group in kept.values():
+            self._by_name |= {t.source.name: t for t in group.trained.values()}
+
+    def taken(self, wanted: frozenset[Part], *, tied: bool) -> dict[Part, Group]:
+        """Groups that a stage with the parts `wanted` goes on with; these weights lose all."""
+        spec = self._spec
+        layers = range(spec.first_layer, spec.past_last_layer)
+        groups: dict[Part, Group] = dict(zip(layers, self.blocks, strict=True))
+        groups |= {EMBEDDING: self.embedding, HEAD: self.head}
+        keep = kept_parts(parts_of(spec), wanted, tied=tied)
+        self.blocks, self.embedding, self.head = [], Group(), Group()
+        self._by_name.clear()
+        return {part: group for part, group in groups.items() if part in keep}
 
     def _group(self, sources: Iterable[Source], read: Reader, *, there: bool) -> Group:
         group = Group()
-        if there:
-            for source in sources:
-                full = self._spec.training == "full"
-                array = load(source, read, writable=full)
-                group.weights[source.parameter.name] = array
-                if full:
-                    self._train(group, source, array)
+        for source in sources if there else ():
+            if self._spec.training == "full":
+                state = self._state(source.name)
+                array = np.empty(source.parameter.shape, np.float32)
+                if state is None:
+                    array = load(source, read, writable=True)
+                self._train(group, source, array)
+            else:
+                group.weights[source.parameter.name] = load(source, read, writable=False)
         return group
 
     def _train(self, group: Group, source: Source, array: Floats) -> None:
         trained = Trained(source, array)
+        state = self._state(source.name)
+        if state is not None:
+            trained.restore(state)
+        group.weights[source.parameter.name] = array
         group.trained[source.parameter.name] = trained
         self._by_name[source.name] = trained
 
@@ -129,7 +179,6 @@ class StageWeights:
         if self._spec.training == "lora" and lora is not None:
             for source in adapter_sources(model, lora, layer):
                 array = load_factor(source, read_adapter, self._spec.seed)
-                group.weights[source.parameter.name] = array
                 self._train(group, source, array)
         return group
 
@@ -143,6 +192,20 @@ class StageWeights:
             return group
         rest = self._group((table,), read, there=True)
         return Group(group.weights | rest.weights, group.trained | rest.trained)
+
+    def states(self, parts: frozenset[Part]) -> Iterator[tuple[Source, tuple[Floats, ...]]]:
+        """Trained tensors of some parts with their moments, for another device to go on with."""
+        spec = self._spec
+        layers = range(spec.first_layer, spec.past_last_layer)
+        groups: list[tuple[Part, Group]] = [*zip(layers, self.blocks, strict=True)]
+        groups += [(EMBEDDING, self.embedding), (HEAD, self.head)]
+        found = {
+            trained.source.name: trained
+            for part, group in groups
+            if part in parts
+            for trained in group.trained.values()
+        }
+        return ((trained.source, trained.state()) for trained in found.values())
 
     def tied_end(self) -> Trained | None:
         """The trained table whose other end is on another stage."""

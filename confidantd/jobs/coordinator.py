@@ -15,11 +15,20 @@ from confidantd.errors import (
     ProtocolError,
 )
 from confidantd.ids import DeviceId
-from confidantd.jobs.launch import SwarmView
 from confidantd.jobs.peers import Peers
-from confidantd.jobs.plan_inputs import plan_devices, plan_workload, program_request
+from confidantd.jobs.plan_inputs import (
+    cannot,
+    kept_layers,
+    kept_seconds,
+    plan_devices,
+    plan_workload,
+    program_request,
+    with_current,
+)
+from confidantd.jobs.services import SwarmView
 from confidantd.planner.costs import PlanDevice
 from confidantd.planner.plan import Plan, StagePlan, make_plan
+from confidantd.planner.replan import standstill_seconds
 from confidantd.planner.speeds import valid
 from confidantd.swarm.state import CoordinatorView
 from confidantd.wire.codec import from_map, to_map
@@ -85,7 +94,8 @@ class Coordinator:
 
     async def _devices(self, request: PlanRequest) -> list[PlanDevice]:
         """Those that may hold a stage, with what they know of their speed."""
-        devices = plan_devices(self._swarm.peers(), request.devices)
+        found = plan_devices(self._swarm.peers(), request.devices)
+        devices = [with_current(d, request) for d in found if d.id not in request.without]
         question = to_map(SpeedsQuestion(program_request(request)))
         return list(await asyncio.gather(*(self._with_speeds(d, question) for d in devices)))
 
@@ -109,14 +119,14 @@ class Coordinator:
     ) -> Plan:
         if not devices:
             raise DeviceError("no device of the swarm is alive", "see `confidant peers`")
-        return await asyncio.to_thread(
-            make_plan,
-            plan_workload(request),
-            devices,
-            owner,
-            use_all=bool(request.devices),
-            explain=explain,
+        work = plan_workload(request)
+        plan = await asyncio.to_thread(
+            make_plan, work, devices, owner, use_all=bool(request.devices), explain=explain
         )
+        left_out = (*plan.left_out, *cannot(request, self._swarm.peers()))
+        kept = kept_seconds(work, devices, request.current)
+        waits = standstill_seconds(work, devices, kept_layers(request.current, plan))
+        return replace(plan, left_out=left_out, kept_seconds=kept, standstill_seconds=waits)
 
     async def _with_backends(self, request: PlanRequest, plan: Plan) -> Plan:
         """The plan with each device's own shares between its backends."""

@@ -41,31 +41,35 @@ class Feeder:
         self._blocks = blocks
         self._eval_folder = eval_folder if options.eval_data is not None else None
         self._max_grad_norm = options.max_grad_norm
-        self._fed = 0
+        self.fed = 0  # steps sent
         self._requests = 0
         self._evaluations: dict[int, _Evaluation] = {}
 
     @property
     def done(self) -> bool:
         """Whether every step has been sent."""
-        return self._fed == self._course.steps
+        return self.fed == self._course.steps
 
     @property
     def evaluations(self) -> int:
         """Evaluation requests that are not answered yet."""
         return len(self._evaluations)
 
+    def adopt(self, launched: Launched) -> None:
+        """Send to another pipeline of the job from now on."""
+        self._pipeline, self._specs = launched.pipeline, launched.specs
+
     async def feed_until(self, steps: int) -> None:
         """Send steps until `steps` of them, or all, have been sent."""
-        if self._fed == 0 and not self._requests:
+        if self.fed == 0 and not self._requests:
             await self._evaluate()
-        while self._fed < min(steps, self._course.steps):
+        while self.fed < min(steps, self._course.steps):
             await self._feed_step()
-            if self._course.evaluates_after(self._fed):
+            if self._course.evaluates_after(self.fed):
                 await self._evaluate()
 
     async def _feed_step(self) -> None:
-        course, step = self._course, self._fed
+        course, step = self._course, self.fed
         tokens = self._blocks.batch(course.order.batch(step))
         positions = course.batch_size * (course.sequence_length - 1)
         for stage, spec in enumerate(self._specs):
@@ -80,7 +84,7 @@ class Feeder:
                     labels=tokens if spec.head else b"",
                 ),
             )
-        self._fed += 1
+        self.fed += 1
 
     async def _evaluate(self) -> None:
         """Send the whole held-out text, forward only."""
@@ -89,7 +93,7 @@ class Feeder:
         rows = self._specs[0].microbatch_size
         with TokenBlocks(self._eval_folder) as held_out:
             chunks = range(0, held_out.count, rows * EVALUATE_GROUPS)
-            evaluation = _Evaluation(self._fed, len(chunks))
+            evaluation = _Evaluation(self.fed, len(chunks))
             for first in chunks:
                 past_last = first + rows * EVALUATE_GROUPS
                 tokens, labels, groups = held_out.padded(first, past_last, rows)

@@ -7,10 +7,11 @@ import time
 from typing import Any
 
 from confidantd.errors import UsageError
-from confidantd.jobs.launch import JobServices, Launched, launch
+from confidantd.jobs.launch import Launched, Launcher
 from confidantd.jobs.options import GenerateOptions, model_folder
 from confidantd.jobs.prompt import TextProcess
 from confidantd.jobs.record import JobLog
+from confidantd.jobs.services import JobServices
 from confidantd.jobs.setup import Workload, generate_workload
 from confidantd.models.spec import ModelSpec
 from confidantd.wire.stage import OptimizerSpec
@@ -38,9 +39,9 @@ class GenerateJob:
             prompt = await text.encode(options.prompt)
             workload = await asyncio.to_thread(generate_workload, options, len(prompt))
             check_prompt(prompt, workload.spec)
-            launched = await launch(
+            launched = await Launcher(
                 self._services, self._log, workload, options.devices, OptimizerSpec(), options.seed
-            )
+            ).launch()
             try:
                 await self._generate(launched, workload, prompt, text)
             finally:

@@ -1,60 +1,38 @@
-"""From a workload to a running pipeline: plan, compile, negotiate, distribute, connect."""
+"""From a workload to a running pipeline, and from one plan of it to the next.
+
+A job begins with `prepare` and `launch`. While it runs, `better_plan` asks what would be
+planned now, and `move` goes on with that between two steps: every device keeps what both
+plans give it, the rest goes from device to device with its moments, in a new epoch.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Protocol
 
-from confidantd.errors import ConfidantError, DeviceError, IdentityConflictError
+from confidantd.errors import ConfidantError, DeviceError
 from confidantd.ids import DeviceId
-from confidantd.jobs.peers import Peers
-from confidantd.jobs.pipeline import Pipeline, PipelineRouter, Placed
-from confidantd.jobs.plan_inputs import plan_devices
-from confidantd.jobs.programs import Programs
+from confidantd.jobs.assign import Material, assignments
+from confidantd.jobs.moving import Held, exports, held_parts
+from confidantd.jobs.pipeline import Pipeline, Placed
+from confidantd.jobs.prepare import prepare
 from confidantd.jobs.record import JobLog
-from confidantd.jobs.setup import Workload, adapter_names, assignments, stage_names
+from confidantd.jobs.services import JobServices, SwarmView, ask_coordinator, emit_progress
+from confidantd.jobs.setup import Workload
 from confidantd.jobs.stage_notes import StageNotes
-from confidantd.models.programs import program_names, worth_splitting
-from confidantd.models.safetensors import TensorLocation
-from confidantd.planner.costs import PlanDevice
 from confidantd.planner.plan import Plan
-from confidantd.store.blobs import BlobStore
-from confidantd.store.model_index import ModelIndex
-from confidantd.swarm.state import CoordinatorView, PeerView
-from confidantd.wire.codec import from_map, to_map
-from confidantd.wire.jobs import Measure, SpeedsAnswer, StageProgress
-from confidantd.wire.stage import OptimizerSpec, ProgramEntry, StageSpec, TensorEntry
+from confidantd.planner.replan import worth_moving
+from confidantd.wire.jobs import CurrentStage, PlanRequest, StageProgress
+from confidantd.wire.stage import OptimizerSpec, StageSpec, StateEntry
+from confidantd.wire.worker import Exported
 
-PLAN_SECONDS = 60.0
-MEASURE_SECONDS = 330.0  # each gives up on itself after 300
-COORDINATOR_SECONDS = 10.0  # an election takes less than five
+_log = logging.getLogger(__name__)
 
-
-class SwarmView(Protocol):
-    """What jobs need to know of the swarm."""
-
-    def peers(self) -> tuple[PeerView, ...]: ...
-
-    def conflict(self) -> str | None: ...
-
-    async def wait_for_coordinator(self, timeout_seconds: float) -> CoordinatorView: ...
-
-
-@dataclass(frozen=True, slots=True)
-class JobServices:
-    """What a job uses of this device."""
-
-    self_id: DeviceId
-    home: Path
-    peers: Peers
-    swarm: SwarmView
-    store: BlobStore
-    index: ModelIndex
-    programs: Programs
-    router: PipelineRouter
+STATE_BYTES = 4
+# What a stage that failed on its own says; a lost link is a symptom of something else.
+OWN_FAULTS = ("does-not-fit", "worker-failed", "backend-failed", "storage", "corrupt-file")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,161 +43,176 @@ class Launched:
     plan: Plan
     specs: tuple[StageSpec, ...]
 
-
-async def ask_coordinator(
-    services: JobServices, method: str, workload: Workload, log: JobLog, devices: tuple[str, ...]
-) -> Plan:
-    """A plan from the coordinator: `job.plan` only looks, `job.negotiate` reserves."""
-    conflict = services.swarm.conflict()
-    if conflict is not None:
-        raise IdentityConflictError(conflict)
-    coordinator = await services.swarm.wait_for_coordinator(COORDINATOR_SECONDS)
-    request = workload.plan_request(log.record.id, log.record.epoch, devices)
-    answer = await services.peers.request(
-        coordinator.id, method, to_map(request), timeout_seconds=PLAN_SECONDS
-    )
-    return from_map(Plan, answer)
+    def current(self) -> tuple[CurrentStage, ...]:
+        """Its stages, for the next plan."""
+        return tuple(
+            CurrentStage(s.device, s.past_last_layer - s.first_layer, s.form, s.memory_bytes)
+            for s in self.plan.stages
+        )
 
 
-async def launch(
-    services: JobServices,
-    log: JobLog,
-    workload: Workload,
-    devices: tuple[str, ...],
-    optimizer: OptimizerSpec,
-    seed: int,
-) -> Launched:
-    """Bring up the pipeline of a job; emits `progress` and `plan` events on the way."""
-    await ask_coordinator(services, "job.plan", workload, log, devices)  # refuse before compiling
-    programs = await _programs(services, log, workload)
-    tensors, adapter = await _index(services, log, workload)
-    await measure_devices(services, log, workload, devices, programs)
-    plan = await ask_coordinator(services, "job.negotiate", workload, log, devices)
-    log.record.devices = [stage.name for stage in plan.stages]
-    log.emit({"event": "plan", **plan.to_json()})
-    await log.save()
-    found = assignments(
-        workload,
-        plan,
-        job=log.record.id,
-        epoch=log.record.epoch,
-        source=services.self_id,
-        programs=programs,
-        tensors=tensors,
-        adapter=adapter,
-        optimizer=optimizer,
-        seed=seed,
-    )
-    placed = [
-        Placed(stage.device, _host(services.swarm, stage.device), assignment)
-        for stage, assignment in zip(plan.stages, found, strict=True)
-    ]
-    notes = StageNotes(log, plan)
-    progress = _StageProgressLog(log).add
-    pipeline = Pipeline(services.peers, services.router, placed, progress, notes)
-    try:
-        await pipeline.start()
-    except BaseException:
-        await asyncio.shield(pipeline.stop())
-        raise
-    return Launched(pipeline, plan, tuple(a.spec for a in found))
+class Launcher:
+    """Brings up the pipelines of one job, one after the other."""
 
+    def __init__(
+        self,
+        services: JobServices,
+        log: JobLog,
+        workload: Workload,
+        devices: tuple[str, ...],
+        optimizer: OptimizerSpec,
+        seed: int,
+    ) -> None:
+        self._services, self._log, self._workload = services, log, workload
+        self._devices, self._optimizer, self._seed = devices, optimizer, seed
+        self._without: dict[DeviceId, str] = {}
+        self._epoch = log.record.epoch
+        self._material: Material | None = None
 
-async def _programs(
-    services: JobServices, log: JobLog, workload: Workload
-) -> dict[str, ProgramEntry]:
-    """The programs of whole blocks, and of parts where a device could share blocks out."""
+    async def launch(self) -> Launched:
+        """A pipeline at the first step; emits `progress` and `plan` events on the way.
 
-    def progress(name: str, done: int, of: int) -> None:
-        emit_progress(log, "compile", done, of, name)
+        A device whose stage fails on its own is left out, and the rest is planned anew.
+        """
+        if self._material is None:
+            await self._ask("job.plan")  # refuse before compiling
+            self._material = await prepare(self._services, self._log, self._workload, self._devices)
+        while True:
+            plan = await self._ask("job.negotiate")
+            pipeline = await self._adopted(plan, {}, {}, 0)
+            try:
+                await pipeline.start()
+            except BaseException as failure:
+                await asyncio.shield(pipeline.stop())
+                if not isinstance(failure, Exception) or not self.goes_on_without(pipeline, plan):
+                    raise
+                continue
+            return self._launched(pipeline, plan)
 
-    request, others = workload.program_request(), compilers(services.swarm)
-    found = await services.programs.get(request, others, progress)
-    peers = [p for p in services.swarm.peers() if p.is_self or p.state == "alive"]
-    several = any(p.resources is not None and len(p.resources.backends) > 1 for p in peers)
-    if several and worth_splitting(request):
-        parts = replace(request, split=True)
-        found = found | await services.programs.get(parts, others, progress)
-    return found
+    def goes_on_without(self, pipeline: Pipeline, plan: Plan) -> bool:
+        """Whether a stage of a pipeline failed on its own, on a device that others can replace.
 
+        If so its device is left out from now on, and the next epoch begins.
+        """
+        failed = pipeline.failed_stage
+        if failed is None or failed[1].code not in OWN_FAULTS or self._devices:
+            return False
+        stage = plan.stages[failed[0]]
+        self._without[stage.device] = f"its stage failed: {failed[1].message}"
+        self._next_epoch()
+        self._emit_replan(f"{stage.name} is left out ({failed[1].message})", 0)
+        return True
 
-async def measure_devices(
-    services: JobServices,
-    log: JobLog,
-    workload: Workload,
-    devices: tuple[str, ...],
-    programs: dict[str, ProgramEntry],
-) -> None:
-    """Every device that may get a stage measures blocks of this shape, if it never did.
-
-    Small blocks are not worth it: what the first steps of a job show is remembered, too.
-    """
-    request = workload.program_request()
-    if not worth_splitting(request):
-        return
-    wanted = plan_devices(services.swarm.peers(), devices)
-    names = set(program_names(request))
-    own = {name: entry for name, entry in programs.items() if name in names}
-    message = to_map(Measure(request, own, services.self_id))
-    done = 0
-
-    async def one(device: PlanDevice) -> None:
-        nonlocal done
+    async def better_plan(self, launched: Launched, steps_left: int) -> bool:
+        """Whether another plan than the running one would pay for the move; reserves nothing."""
         try:
-            answer = await services.peers.request(
-                device.id, "device.measure", message, timeout_seconds=MEASURE_SECONDS
-            )
-            reason = from_map(SpeedsAnswer, answer).reason
+            plan = await self._ask("job.plan", launched.current())
         except ConfidantError as failure:
-            reason = failure.message
-        if reason:
-            text = f"{device.name} could not be measured and is planned for by guess ({reason})"
-            log.emit({"event": "notice", "code": "not-measured", "message": text,
-                      "device": device.id, "name": device.name})  # fmt: skip
-        done += 1
-        emit_progress(log, "measure", done, len(wanted), "devices")
+            _log.info("job %s: no new plan (%s)", self._log.record.id, failure)
+            return False
+        kept = plan.kept_seconds
+        if kept is None or self._same(plan, launched.plan):
+            return False
+        return worth_moving(kept, plan.seconds, steps_left, plan.standstill_seconds)
 
-    emit_progress(log, "measure", 0, len(wanted), "devices")
-    await asyncio.gather(*(one(device) for device in wanted))
+    async def move(self, launched: Launched, steps_done: int, reason: str) -> Launched | None:
+        """Go on with the plan of now; None if the devices declined it. Between two steps only.
 
+        Fails like a job's start does; both pipelines are stopped then.
+        """
+        self._epoch += 1
+        try:
+            plan = await self._ask("job.negotiate", launched.current())
+        except ConfidantError as failure:
+            _log.warning("job %s stays as it is: %s", self._log.record.id, failure)
+            return None
+        self._log.record.epoch = self._epoch
+        self._emit_replan(reason, steps_done)
+        state = await self._exported(launched, plan)
+        pipeline = await self._adopted(plan, state, held_parts(launched.plan.stages), steps_done)
+        try:
+            await pipeline.start()
+        except BaseException:
+            stops = (pipeline.stop(), launched.pipeline.stop())
+            await asyncio.shield(asyncio.gather(*stops))
+            raise
+        await launched.pipeline.leave({stage.device for stage in plan.stages})
+        return self._launched(pipeline, plan)
 
-def emit_progress(log: JobLog, phase: str, done: int, of: int, detail: str = "") -> None:
-    """One `progress` event."""
-    log.emit({"event": "progress", "phase": phase, "done": done, "of": of, "detail": detail})
+    def _same(self, plan: Plan, other: Plan) -> bool:
+        return [(s.device, s.first_layer, s.past_last_layer, s.form) for s in plan.stages] == [
+            (s.device, s.first_layer, s.past_last_layer, s.form) for s in other.stages
+        ]
 
+    async def _ask(self, method: str, current: tuple[CurrentStage, ...] = ()) -> Plan:
+        request = self._workload.plan_request(self._log.record.id, self._epoch, self._devices)
+        return await ask_coordinator(self._services, method, self._request(request, current))
 
-def compilers(swarm: SwarmView) -> list[DeviceId]:
-    """Other devices that are alive and can compile, the fastest first."""
-    able = [
-        peer
-        for peer in swarm.peers()
-        if not peer.is_self
-        and peer.state == "alive"
-        and peer.resources is not None
-        and "compiler" in peer.resources.roles
-    ]
-    able.sort(key=lambda peer: -(peer.resources.gflops if peer.resources else 0.0))
-    return [peer.id for peer in able]
+    def _request(self, request: PlanRequest, current: tuple[CurrentStage, ...]) -> PlanRequest:
+        return replace(request, current=current, without=self._without)
 
+    async def _adopted(
+        self, plan: Plan, state: Mapping[str, StateEntry], held: Held, steps_done: int
+    ) -> Pipeline:
+        """The pipeline of a negotiated plan, which is the job's from now on, on disk too."""
+        assert self._material is not None
+        self._log.record.devices = [stage.name for stage in plan.stages]
+        self._log.emit({"event": "plan", **plan.to_json()})
+        await self._log.save()
+        found = assignments(
+            self._workload,
+            plan,
+            self._material,
+            job=self._log.record.id,
+            epoch=self._epoch,
+            source=self._services.self_id,
+            optimizer=self._optimizer,
+            seed=self._seed,
+            held=held,
+            state=state,
+            steps_done=steps_done,
+        )
+        placed = [
+            Placed(stage.device, _host(self._services.swarm, stage.device), assignment)
+            for stage, assignment in zip(plan.stages, found, strict=True)
+        ]
+        notes, progress = StageNotes(self._log, plan), _StageProgressLog(self._log).add
+        services = self._services
+        return Pipeline(services.peers, services.router, placed, progress, notes)
 
-async def _index(
-    services: JobServices, log: JobLog, workload: Workload
-) -> tuple[Mapping[str, TensorEntry], Mapping[str, TensorEntry]]:
-    """Digests of the tensors that any stage needs, and of the adapter's."""
-    whole = StageSpec(
-        workload.spec, 0, workload.spec.layers, True, True, workload.method, workload.lora
-    )
-    emit_progress(log, "distribute", 0, 1, "reading the model")
-    tensors = await _entries(services, workload.model.tensors, stage_names(whole))
-    names = tuple(name for name in adapter_names(whole) if name in workload.adapter)
-    return tensors, await _entries(services, workload.adapter, names)
+    async def _exported(self, launched: Launched, plan: Plan) -> dict[str, StateEntry]:
+        """What stages hand over, by tensor name, once it lies in their devices' stores."""
+        pipeline, stages = launched.pipeline, launched.plan.stages
+        commands = exports(stages, plan.stages, tied=self._workload.spec.tied)
+        for index, command in commands.items():
+            await pipeline.command(index, command)
+        found: dict[str, StateEntry] = {}
+        waiting = set(commands)
+        while waiting:
+            index, event = await pipeline.next_event()
+            if not isinstance(event, Exported):
+                continue
+            waiting.discard(index)
+            for tensor in event.tensors:
+                assert tensor.digest is not None
+                size = tensor.shape[1]
+                found[tensor.name] = StateEntry(
+                    tensor.name, size, 3 * STATE_BYTES * size, tensor.digest, stages[index].device
+                )
+        return found
 
+    def _launched(self, pipeline: Pipeline, plan: Plan) -> Launched:
+        return Launched(pipeline, plan, tuple(p.assignment.spec for p in pipeline.placed))
 
-async def _entries(
-    services: JobServices, locations: Mapping[str, TensorLocation], names: tuple[str, ...]
-) -> dict[str, TensorEntry]:
-    entries = await asyncio.to_thread(services.index.entries, locations, names)
-    return {entry.name: entry for entry in entries}
+    def _next_epoch(self) -> None:
+        self._epoch += 1
+        self._log.record.epoch = self._epoch
+
+    def _emit_replan(self, reason: str, steps_done: int) -> None:
+        self._log.emit({
+            "event": "replan", "epoch": self._epoch, "reason": reason,
+            "resumed_from_step": steps_done,
+        })  # fmt: skip
 
 
 def _host(swarm: SwarmView, device: DeviceId) -> str:
@@ -242,8 +235,3 @@ class _StageProgressLog:
         done = sum(p.done for p in self._latest.values())
         of = sum(p.of for p in self._latest.values())
         emit_progress(self._log, progress.phase, done, of, "bytes")
-
-
-def failure_event(failure: Any) -> dict[str, Any]:
-    """The `failed` event of an error."""
-    return {"event": "failed", **failure.to_wire()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,22 +106,23 @@ class Pipeline:
         self.notes = notes
         self._peers = peers
         self._router = router
-        self._stages = stages
+        self.placed = tuple(stages)
+        self.failed_stage: tuple[int, ConfidantError] | None = None  # the first that failed
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue(MAX_WAITING_EVENTS)
         self._failure: ConfidantError | None = None
         self._failed = asyncio.Event()
 
     def __len__(self) -> int:
-        return len(self._stages)
+        return len(self.placed)
 
     def holds(self, stage: int, device: DeviceId) -> bool:
         """Whether `device` was given `stage`."""
-        return 0 <= stage < len(self._stages) and self._stages[stage].device == device
+        return 0 <= stage < len(self.placed) and self.placed[stage].device == device
 
     def put(self, stage: int, event: Event) -> None:
         """Take an event of a stage; a `Failed` ends every wait."""
         if isinstance(event, Failed):
-            self._stage_failed(from_wire(to_map(event)))
+            self._stage_failed(stage, from_wire(to_map(event)))
             return
         if isinstance(event, Note):
             self.notes.add(stage, event)
@@ -131,16 +132,17 @@ class Pipeline:
         except asyncio.QueueFull:
             self._fail(WorkerError(f"stage {stage} sends more events than its job takes"))
 
-    def _stage_failed(self, failure: ConfidantError) -> None:
+    def _stage_failed(self, stage: int, failure: ConfidantError) -> None:
         """A broken link is a symptom: a moment later we know which device is gone."""
         if isinstance(failure, PeerLostError):
             asyncio.get_running_loop().call_later(LOST_DEVICE_SECONDS, self._fail, failure)
         else:
+            self.failed_stage = self.failed_stage or (stage, failure)
             self._fail(failure)
 
     def device_lost(self, device: DeviceId, name: str) -> None:
         """The device is gone; if it holds a stage, the pipeline has failed."""
-        if any(placed.device == device for placed in self._stages):
+        if any(placed.device == device for placed in self.placed):
             self._fail(
                 PeerLostError(
                     f"{name} left while it held a stage of the job",
@@ -153,12 +155,12 @@ class Pipeline:
         self._router.add(self)
         async with asyncio.TaskGroup() as group:
             starting = [
-                group.create_task(self._start_stage(placed), name=f"start-{placed.host}")
-                for placed in self._stages
+                group.create_task(self._start_stage(index), name=f"start-{placed.host}")
+                for index, placed in enumerate(self.placed)
             ]
         addresses = tuple(
             StageAddress(index, placed.device, placed.host, task.result().port)
-            for index, (placed, task) in enumerate(zip(self._stages, starting, strict=True))
+            for index, (placed, task) in enumerate(zip(self.placed, starting, strict=True))
         )
         await self.broadcast(Connect(addresses))
         try:
@@ -172,14 +174,14 @@ class Pipeline:
 
     async def _all_connected(self) -> None:
         connected: set[int] = set()
-        while len(connected) < len(self._stages):
+        while len(connected) < len(self.placed):
             stage, event = await self.next_event()
             if isinstance(event, Connected):
                 connected.add(stage)
 
     async def broadcast(self, command: Command) -> None:
         """Send one command to every stage."""
-        for stage in range(len(self._stages)):
+        for stage in range(len(self.placed)):
             await self.command(stage, command)
 
     async def command(self, stage: int, command: Command) -> None:
@@ -187,7 +189,7 @@ class Pipeline:
         job, epoch = self.key
         message = StageCommand(job, epoch, stage, message_map(command))
         await self._peers.request(
-            self._stages[stage].device,
+            self.placed[stage].device,
             "stage.command",
             to_map(message),
             timeout_seconds=COMMAND_SECONDS,
@@ -211,7 +213,7 @@ class Pipeline:
     async def fetch_trained(self, stage: int, tensor: TrainedTensor, store: BlobStore) -> None:
         """Bring a trained tensor from the stage's device into `store`, verified."""
         assert tensor.digest is not None
-        device = self._stages[stage].device
+        device = self.placed[stage].device
         if await asyncio.to_thread(store.locate, tensor.digest) is None:
             await fetch(
                 store,
@@ -220,9 +222,17 @@ class Pipeline:
                 4 * math.prod(tensor.shape),
             )
 
+    async def leave(self, stay: set[DeviceId]) -> None:
+        """Another pipeline of the job has taken over: end the stages on all devices but these."""
+        self._router.remove(self)
+        await self._stop([placed for placed in self.placed if placed.device not in stay])
+
     async def stop(self) -> None:
         """End every stage that can still be reached."""
         self._router.remove(self)
+        await self._stop(self.placed)
+
+    async def _stop(self, stages: Sequence[Placed]) -> None:
         job, epoch = self.key
         await asyncio.gather(
             *(
@@ -232,18 +242,23 @@ class Pipeline:
                     to_map(StopStage(job, epoch)),
                     timeout_seconds=STOP_SECONDS,
                 )
-                for placed in self._stages
+                for placed in stages
             ),
             return_exceptions=True,
         )
 
-    async def _start_stage(self, placed: Placed) -> StageStarted:
-        answer = await self._peers.request(
-            placed.device,
-            "stage.start",
-            to_map(placed.assignment),
-            timeout_seconds=START_SECONDS,
-        )
+    async def _start_stage(self, stage: int) -> StageStarted:
+        placed = self.placed[stage]
+        try:
+            answer = await self._peers.request(
+                placed.device,
+                "stage.start",
+                to_map(placed.assignment),
+                timeout_seconds=START_SECONDS,
+            )
+        except ConfidantError as failure:
+            self.failed_stage = self.failed_stage or (stage, failure)
+            raise
         return from_map(StageStarted, answer)
 
     def _fail(self, failure: ConfidantError) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 from confidantd.errors import DeviceError
-from confidantd.ids import short_id
+from confidantd.ids import DeviceId, short_id
 from confidantd.models.programs import worth_splitting
 from confidantd.models.saved import saved_floats
 from confidantd.models.spec import ProgramRequest
@@ -16,9 +18,10 @@ from confidantd.models.tensors import (
     lora_parameters,
 )
 from confidantd.planner.costs import PlanDevice
+from confidantd.planner.plan import LeftOut, Plan, seconds_of
 from confidantd.planner.workload import Workload
 from confidantd.swarm.state import PeerView
-from confidantd.wire.jobs import PlanRequest
+from confidantd.wire.jobs import CurrentStage, PlanRequest
 from confidantd.wire.stage import StageAssignment
 
 
@@ -31,6 +34,50 @@ def plan_devices(peers: Sequence[PeerView], wanted: tuple[str, ...]) -> list[Pla
     if not wanted:
         return [_device(peer) for peer in alive if peer.resources is not None]
     return [_device(_find(name, peers)) for name in dict.fromkeys(wanted)]
+
+
+def with_current(device: PlanDevice, request: PlanRequest) -> PlanDevice:
+    """The device with the memory that the job holds there already."""
+    held = sum(stage.memory_bytes for stage in request.current if stage.device == device.id)
+    return replace(device, available_bytes=device.available_bytes + held)
+
+
+def cannot(request: PlanRequest, peers: Sequence[PeerView]) -> tuple[LeftOut, ...]:
+    """The devices that the request leaves out, with its reasons."""
+    names = {peer.id: peer.name for peer in peers}
+    return tuple(
+        LeftOut(device, names.get(device, short_id(device)), reason)
+        for device, reason in request.without.items()
+    )
+
+
+def kept_seconds(
+    work: Workload, devices: Sequence[PlanDevice], current: Sequence[CurrentStage]
+) -> float | None:
+    """What a step would take if a running job stayed as it is; None if it cannot."""
+    by_id = {device.id: device for device in devices}
+    if not current or any(stage.device not in by_id for stage in current):
+        return None
+    return seconds_of(
+        work,
+        [by_id[stage.device] for stage in current],
+        [stage.layers for stage in current],
+        [stage.form for stage in current],
+    )
+
+
+def kept_layers(current: Sequence[CurrentStage], plan: Plan) -> dict[DeviceId, tuple[int, int]]:
+    """Of each device of a plan: how many layers of its stage it has already, and of how many."""
+    ends = itertools.accumulate((stage.layers for stage in current), initial=0)
+    there = {
+        s.device: range(a, b) for s, (a, b) in zip(current, itertools.pairwise(ends), strict=True)
+    }
+    found = {}
+    for stage in plan.stages:
+        layers = range(stage.first_layer, stage.past_last_layer)
+        has = len(set(layers) & set(there.get(stage.device, ())))
+        found[stage.device] = (has, len(layers))
+    return found
 
 
 def plan_workload(request: PlanRequest) -> Workload:

@@ -20,7 +20,6 @@ from confidantd.errors import (
 )
 from confidantd.ids import JobId, new_job_id
 from confidantd.jobs.generate import GenerateJob
-from confidantd.jobs.launch import JobServices, ask_coordinator, failure_event
 from confidantd.jobs.options import (
     GenerateOptions,
     PlanOptions,
@@ -29,6 +28,7 @@ from confidantd.jobs.options import (
     options_from,
 )
 from confidantd.jobs.record import FINAL_STATES, JobLog, JobRecord
+from confidantd.jobs.services import JobServices, ask_coordinator, failure_event
 from confidantd.jobs.setup import generate_workload, train_workload
 from confidantd.jobs.timeline import timeline
 from confidantd.jobs.train import TrainJob, check_training
@@ -90,10 +90,8 @@ class Jobs:
         if options.what_if is not None:
             asked = workload.plan_request(PLAN_ONLY, FIRST_EPOCH, options.devices)
             return (await asyncio.to_thread(plan_for, options.what_if, asked)).to_json()
-        record = JobRecord(PLAN_ONLY, "train", options.model, self._name, time.time())
-        log = JobLog(record, self._folder / PLAN_ONLY)
-        plan = await ask_coordinator(self._services, "job.plan", workload, log, options.devices)
-        return plan.to_json()
+        asked = workload.plan_request(PLAN_ONLY, FIRST_EPOCH, options.devices)
+        return (await ask_coordinator(self._services, "job.plan", asked)).to_json()
 
     async def train(self, request: Mapping[str, Any]) -> JobLog:
         """Start training; what can be refused at once is raised here."""

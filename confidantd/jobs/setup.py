@@ -1,4 +1,4 @@
-"""Turns options into what every job needs: model, adapter, plan request, assignments."""
+"""Turns options into what every job needs: model, adapter, plan request."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from confidantd.errors import ModelError, UsageError
-from confidantd.ids import DeviceId, JobId
+from confidantd.ids import JobId
 from confidantd.jobs.options import (
     DEFAULT_SEQUENCE_LENGTH,
     GenerateOptions,
@@ -15,20 +15,12 @@ from confidantd.jobs.options import (
     TrainOptions,
     model_folder,
 )
-from confidantd.models.adapter import adapter_tensor_names, read_adapter
+from confidantd.models.adapter import read_adapter
 from confidantd.models.folder import ModelFolder, read_model
 from confidantd.models.safetensors import TensorLocation
 from confidantd.models.spec import LoraSpec, Method, ModelSpec, ProgramRequest
-from confidantd.models.tensors import check_targets, default_targets, stage_tensor_names
-from confidantd.planner.plan import Plan
+from confidantd.models.tensors import check_targets, default_targets
 from confidantd.wire.jobs import PlanRequest
-from confidantd.wire.stage import (
-    OptimizerSpec,
-    ProgramEntry,
-    StageAssignment,
-    StageSpec,
-    TensorEntry,
-)
 
 DEFAULT_RANK = 8
 DEFAULT_ALPHA = 16.0
@@ -132,68 +124,3 @@ def _adapter_folder(path: str) -> Path:
             "give a folder with adapter_config.json and adapter_model.safetensors",
         )
     return folder
-
-
-def assignments(
-    workload: Workload,
-    plan: Plan,
-    *,
-    job: JobId,
-    epoch: int,
-    source: DeviceId,
-    programs: dict[str, ProgramEntry],
-    tensors: Mapping[str, TensorEntry],
-    adapter: Mapping[str, TensorEntry],
-    optimizer: OptimizerSpec,
-    seed: int,
-) -> list[StageAssignment]:
-    """One assignment per stage of the plan, each with just the tensors it needs."""
-    rows = workload.batch_size // workload.microbatches
-    found = []
-    for index, stage in enumerate(plan.stages):
-        spec = StageSpec(
-            model=workload.spec,
-            first_layer=stage.first_layer,
-            past_last_layer=stage.past_last_layer,
-            embedding=stage.embedding,
-            head=stage.head,
-            training=workload.method,
-            lora=workload.lora,
-            form=stage.form,
-            microbatch_size=rows,
-            sequence_length=workload.sequence_length,
-            seed=seed,
-            optimizer=optimizer,
-        )
-        found.append(
-            StageAssignment(
-                job=job,
-                epoch=epoch,
-                stage=index,
-                stages=len(plan.stages),
-                microbatches=workload.microbatches,
-                spec=spec,
-                source=source,
-                programs=programs,
-                tensors=tuple(tensors[name] for name in stage_names(spec)),
-                adapter_tensors=tuple(
-                    adapter[name] for name in adapter_names(spec) if name in adapter
-                ),
-                cpu_only=stage.cpu_only,
-            )
-        )
-    return found
-
-
-def stage_names(spec: StageSpec) -> tuple[str, ...]:
-    """Names of the checkpoint tensors that a stage needs."""
-    return stage_tensor_names(
-        spec.model, spec.first_layer, spec.past_last_layer, spec.embedding, spec.head
-    )
-
-
-def adapter_names(spec: StageSpec) -> tuple[str, ...]:
-    """Names of the adapter tensors that a stage needs."""
-    if spec.lora is None:
-        return ()
-    return adapter_tensor_names(spec.model, spec.lora, spec.first_layer, spec.past_last_layer)

@@ -30,6 +30,8 @@ class StageBlobs:
         """Where each blob of an assignment lies on this device, once all are here."""
         sizes = {entry.digest: entry.bytes for entry in assignment.programs.values()}
         sizes |= {t.digest: t.bytes for t in assignment.tensors + assignment.adapter_tensors}
+        sizes |= {entry.digest: entry.bytes for entry in assignment.state}
+        holders = {entry.digest: entry.source for entry in assignment.state}
         progress = _FetchProgress(self._peers, owner, assignment, sum(sizes.values()))
         gate = asyncio.Semaphore(PARALLEL_FETCHES)
 
@@ -40,7 +42,7 @@ class StageBlobs:
                     await fetch(
                         self._store,
                         lambda d, offset, length: self._peers.read_blob(
-                            assignment.source, d, offset, length
+                            holders.get(d, assignment.source), d, offset, length
                         ),
                         digest,
                         size_bytes,

@@ -14,6 +14,7 @@ from confidantd.errors import (
     ProtocolError,
     StaleEpochError,
     WorkerError,
+    from_wire,
 )
 from confidantd.ids import DeviceId, Digest, JobId, is_job_id
 from confidantd.jobs.peers import Peers
@@ -41,6 +42,8 @@ from confidantd.wire.worker import (
     Command,
     Connect,
     Event,
+    Export,
+    Exported,
     Failed,
     Listening,
     Load,
@@ -61,17 +64,28 @@ MAX_REMEMBERED_EPOCHS = 1_000
 
 @dataclass(slots=True)
 class HeldStage:
-    """One granted stage; `process` is there once it was started."""
+    """One granted stage; `process` is there once it was started.
+
+    `next_offer` is granted to the same job for its next epoch: the running process then goes
+    on as another stage.
+    """
 
     offer: Offer
     coordinator: DeviceId
     expires: float
     process: WorkerProcess | None = None
+    next_offer: Offer | None = None
     started: dict[type[Event], asyncio.Future[Event]] = field(default_factory=dict)
     trained: list[Digest] = field(default_factory=list)
     limit: asyncio.Timeout | None = None
     assignment: StageAssignment | None = None
     steps: int = 0  # done since the stage began
+
+    @property
+    def memory_bytes(self) -> int:
+        """What is set aside for it."""
+        following = self.next_offer.memory_bytes if self.next_offer else 0
+        return max(self.offer.memory_bytes, following)
 
     def go_on(self) -> None:
         """A stage that measures its backends is at work: its time to load begins anew."""
@@ -127,7 +141,7 @@ class StageHost:
     def granted_bytes(self) -> int:
         """Memory promised to jobs on this device."""
         self._forget_expired()
-        return sum(held.offer.memory_bytes for held in self._held.values())
+        return sum(held.memory_bytes for held in self._held.values())
 
     def jobs(self) -> tuple[JobId, ...]:
         """Jobs that hold a stage here."""
@@ -161,20 +175,24 @@ class StageHost:
     async def _decide(self, offer: Offer, coordinator: DeviceId) -> OfferAnswer:
         """Grant the memory, or decline with what there is; a newer epoch replaces an older one."""
         held = self._held.get(offer.job)
-        if held is not None and held.process is not None:
+        running = held is not None and held.process is not None
+        if held is not None and running:
             if offer.epoch == held.offer.epoch:
                 raise StaleEpochError(f"job {offer.job} already runs here in epoch {offer.epoch}")
-            await self._release(offer.job)
-            held = None
+            if offer.owner != held.offer.owner:
+                raise ProtocolError(f"job {offer.job} belongs to another device")
         available_bytes = await asyncio.to_thread(self._available_bytes)
-        free = available_bytes + (held.offer.memory_bytes if held else 0)
+        free = available_bytes + (held.memory_bytes if held else 0)
         if offer.memory_bytes > free:
             return OfferAnswer(False, free, "not enough memory is available now")
         self._epochs[offer.job] = offer.epoch
         while len(self._epochs) > MAX_REMEMBERED_EPOCHS:
             self._epochs.pop(next(iter(self._epochs)))
-        now = asyncio.get_running_loop().time()
-        self._held[offer.job] = HeldStage(offer, coordinator, now + OFFER_SECONDS)
+        expires = asyncio.get_running_loop().time() + OFFER_SECONDS
+        if held is not None and running:
+            held.next_offer, held.coordinator, held.expires = offer, coordinator, expires
+        else:
+            self._held[offer.job] = HeldStage(offer, coordinator, expires)
         self._grants_changed()
         return OfferAnswer(True, free)
 
@@ -187,15 +205,21 @@ class StageHost:
         """Free a grant that the final plan does not use; only who made the offer may."""
         message = from_map(StopStage, params)
         held = self._held.get(message.job)
-        if held is not None and held.process is None and held.coordinator == coordinator:
-            await self._release(message.job)
+        if held is not None and held.coordinator == coordinator:
+            if held.process is None:
+                await self._release(message.job)
+            elif held.next_offer is not None and held.next_offer.epoch == message.epoch:
+                self._keep_as_it_is(held)
         return {}
+
+    def _keep_as_it_is(self, held: HeldStage) -> None:
+        """A running stage gets no other one after all."""
+        held.next_offer, held.expires = None, float("inf")
+        self._grants_changed()
 
     async def _start(self, owner: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
         assignment = from_map(StageAssignment, params)
-        held = self._granted(owner, assignment.job, assignment.epoch)
-        if held.process is not None:
-            raise ProtocolError(f"job {assignment.job} already runs here")
+        held = self._following(owner, assignment)
         held.expires = float("inf")
         assignment = replace(
             assignment, threads=self._threads, memory_bytes=held.offer.memory_bytes
@@ -210,13 +234,14 @@ class StageHost:
     async def _start_worker(
         self, held: HeldStage, assignment: StageAssignment, blobs: dict[Digest, BlobRange]
     ) -> StageStarted:
-        log = self._home / "logs" / f"worker-{assignment.job}.log"
-        held.process = await WorkerProcess.start(log)
-        await asyncio.to_thread(self._speeds.begin, assignment)
         loop = asyncio.get_running_loop()
         held.started = {kind: loop.create_future() for kind in (Listening, Loaded)}
-        self._tasks.start(self._pump(held, held.process, assignment), f"events-{assignment.job}")
-        held.assignment = assignment
+        held.assignment, held.steps = assignment, 0
+        if held.process is None:
+            log = self._home / "logs" / f"worker-{assignment.job}.log"
+            held.process = await WorkerProcess.start(log)
+            await asyncio.to_thread(self._speeds.begin, assignment)
+            self._tasks.start(self._pump(held, held.process), f"events-{assignment.job}")
         await held.process.send(self._load(assignment, blobs))
         try:
             async with asyncio.timeout(LOAD_SECONDS) as held.limit:
@@ -243,11 +268,11 @@ class StageHost:
             str(file),
         )
 
-    async def _pump(
-        self, held: HeldStage, process: WorkerProcess, assignment: StageAssignment
-    ) -> None:
+    async def _pump(self, held: HeldStage, process: WorkerProcess) -> None:
         """Pass the worker's events on to the job's owner, in order."""
         async for event in process.events():
+            assignment = held.assignment
+            assert assignment is not None
             if isinstance(event, Measuring):
                 held.go_on()
             waiter = held.started.get(type(event))
@@ -258,10 +283,9 @@ class StageHost:
                 continue
             if isinstance(event, StepDone):
                 self._observe(held, assignment, event)
-            if isinstance(event, Collected):
-                told: Event = await self._store_trained(held, event)
-            else:
-                told = event
+            told: Event = event
+            if isinstance(event, Collected | Exported):
+                told = await self._store_trained(held, event)
             message = StageEvent(
                 assignment.job, assignment.epoch, assignment.stage, message_map(told)
             )
@@ -277,18 +301,18 @@ class StageHost:
         """Give a failure to `_start_worker` if it still waits; False if nobody does."""
         waiting = [future for future in held.started.values() if not future.done()]
         for future in waiting:
-            future.set_exception(WorkerError(event.message, event.hint))
+            future.set_exception(from_wire(to_map(event)))
             future.exception()  # a second waiter may never look: not worth a warning
         return bool(waiting)
 
-    async def _store_trained(self, held: HeldStage, collected: Collected) -> Collected:
-        """Trained tensors become blobs, for the owner to fetch until the stage is released."""
+    async def _store_trained(self, held: HeldStage, found: Collected | Exported) -> Event:
+        """Trained tensors become blobs, for others to fetch until the stage is released."""
         tensors = []
-        for tensor in collected.tensors:
+        for tensor in found.tensors:
             digest = await asyncio.to_thread(self._store.put_file, Path(tensor.path))
             held.trained.append(digest)
             tensors.append(replace(tensor, path="", digest=digest))
-        return replace(collected, tensors=tuple(tensors))
+        return replace(found, tensors=tuple(tensors))
 
     async def _command(self, owner: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
         message = from_map(StageCommand, params)
@@ -305,10 +329,12 @@ class StageHost:
             raise ProtocolError("only the device itself loads a stage")
         if isinstance(command, Connect):
             return Connect(tuple(self._seen_from_here(a) for a in command.stages))
-        if isinstance(command, Collect):
+        if isinstance(command, Export):  # others have taken what was exported before
+            await self._forget_trained(self._held[job])
+        if isinstance(command, Collect | Export):
             folder = self._home / "jobs" / job / "trained"
             await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
-            return Collect(str(folder))
+            return replace(command, folder=str(folder))
         return command
 
     def _seen_from_here(self, address: StageAddress) -> StageAddress:
@@ -332,24 +358,47 @@ class StageHost:
             raise StaleEpochError(f"job {job} is in epoch {held.offer.epoch} here, not {epoch}")
         return held
 
+    def _following(self, owner: DeviceId, assignment: StageAssignment) -> HeldStage:
+        """The stage to start, or the running one that is to go on as the next one."""
+        job, held = assignment.job, self._held.get(assignment.job)
+        if held is None or held.process is None or held.next_offer is None:
+            held = self._granted(owner, job, assignment.epoch)
+            if held.process is not None:
+                raise ProtocolError(f"job {job} already runs here")
+            return held
+        if held.offer.owner != owner:
+            raise ProtocolError(f"this device holds no stage of job {job} for that owner")
+        if held.next_offer.epoch != assignment.epoch:
+            raise StaleEpochError(f"job {job} is offered epoch {held.next_offer.epoch} here")
+        held.offer, held.next_offer = held.next_offer, None
+        return held
+
     async def _release(self, job: JobId) -> None:
         held = self._held.pop(job, None)
         if held is not None and held.process is not None:
             await asyncio.shield(held.process.stop())
         if held is not None and held.assignment is not None and held.steps > 1:
             await asyncio.to_thread(self._speeds.save, held.assignment)
-        for digest in held.trained if held is not None else ():
-            await asyncio.to_thread(self._store.remove, digest)
+        if held is not None:
+            await self._forget_trained(held)
         self._grants_changed()
         folder = self._home / "jobs" / job / "trained"
         with contextlib.suppress(OSError):
             await asyncio.to_thread(_remove_folder, folder)
 
+    async def _forget_trained(self, held: HeldStage) -> None:
+        for digest in held.trained:
+            await asyncio.to_thread(self._store.remove, digest)
+        held.trained.clear()
+
     def _forget_expired(self) -> None:
         with contextlib.suppress(RuntimeError):
             now = asyncio.get_running_loop().time()
-            for job in [j for j, held in self._held.items() if held.expires < now]:
-                del self._held[job]
+            for job, held in [(j, h) for j, h in self._held.items() if h.expires < now]:
+                if held.process is None:
+                    del self._held[job]
+                else:
+                    self._keep_as_it_is(held)
 
 
 def _remove_folder(folder: Path) -> None:

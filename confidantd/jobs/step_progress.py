@@ -34,8 +34,16 @@ class StepProgress:
     _seconds: list[float] = field(default_factory=list)  # of every step
     _last_step: dict[int, StepDone] = field(default_factory=dict)
 
-    def step_done(self, stage: int, event: StepDone) -> None:
-        """Take one stage's report; emits the `step` event with the last of them."""
+    def adopt(self, launched: Launched) -> None:
+        """Count for another pipeline of the job from now on; what is shown at the end is its."""
+        self.launched = launched
+        for found in (self._busy, self._wall, self._backends, self._last_step):
+            found.clear()
+        self._seconds.clear()
+        self._times.clear()
+
+    def step_done(self, stage: int, event: StepDone) -> dict[int, StepDone] | None:
+        """Take one stage's report; with the last of them emits the `step` event and gives all."""
         if not self._times:
             self._times.append(time.monotonic() - event.wall_seconds)
         self._busy[stage] = self._busy.get(stage, 0.0) + event.busy_seconds
@@ -45,9 +53,11 @@ class StepProgress:
             backends[name] = backends.get(name, 0.0) + seconds
         answers = self._answers.setdefault(event.step, {})
         answers[stage] = event
-        if len(answers) == len(self.launched.pipeline):
-            del self._answers[event.step]
-            self._committed(event.step, answers)
+        if len(answers) < len(self.launched.pipeline):
+            return None
+        del self._answers[event.step]
+        self._committed(event.step, answers)
+        return answers
 
     def busy_fractions(self) -> dict[int, float]:
         """Each stage's busy share over the whole job."""
@@ -78,7 +88,7 @@ class StepProgress:
 
     def _committed(self, step: int, answers: dict[int, StepDone]) -> None:
         self.done = step + 1
-        self._last_step = answers
+        self._last_step = dict(answers)
         self._seconds.append(max(answer.wall_seconds for answer in answers.values()))
         self._times.append(time.monotonic())
         seconds = (self._times[-1] - self._times[0]) / (len(self._times) - 1)

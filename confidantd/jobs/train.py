@@ -6,14 +6,15 @@ import asyncio
 import json
 from pathlib import Path
 
-from confidantd.errors import DataError, WorkerError
+from confidantd.errors import ConfidantError, DataError, WorkerError
 from confidantd.jobs.course import Course, make_course
-from confidantd.jobs.feeder import Feeder
-from confidantd.jobs.launch import JobServices, Launched, emit_progress, launch
+from confidantd.jobs.launch import Launched, Launcher
 from confidantd.jobs.options import TrainOptions, check_files, check_output
 from confidantd.jobs.output import write_adapter, write_checkpoint
 from confidantd.jobs.record import JobLog
+from confidantd.jobs.services import JobServices, emit_progress
 from confidantd.jobs.setup import Workload, train_workload
+from confidantd.jobs.step_loop import StepLoop
 from confidantd.jobs.step_progress import StepProgress
 from confidantd.jobs.subprocesses import run_module
 from confidantd.jobs.training_data import TokenBlocks
@@ -21,12 +22,8 @@ from confidantd.wire.stage import OptimizerSpec
 from confidantd.wire.worker import (
     Collect,
     Collected,
-    Evaluated,
-    StepDone,
     TrainedTensor,
 )
-
-STEPS_AHEAD = 2  # batches that wait at the stages, so that none waits for the owner
 
 
 class TrainJob:
@@ -47,19 +44,35 @@ class TrainJob:
         with TokenBlocks(folder / "train") as blocks:
             course = make_course(options, blocks.count, blocks.sequence_length)
             self._log.record.steps = course.steps
-            launched = await launch(
-                self._services,
-                self._log,
-                workload,
-                options.devices,
-                OptimizerSpec(weight_decay=options.weight_decay),
-                options.seed,
+            optimizer = OptimizerSpec(weight_decay=options.weight_decay)
+            launcher = Launcher(
+                self._services, self._log, workload, options.devices, optimizer, options.seed
             )
-            try:
-                progress = await self._train(launched, course, blocks)
-                await self._finish(launched, workload, progress)
-            finally:
-                await asyncio.shield(launched.pipeline.stop())
+            while not await self._attempt(launcher, workload, course, blocks):
+                pass
+
+    async def _attempt(
+        self, launcher: Launcher, workload: Workload, course: Course, blocks: TokenBlocks
+    ) -> bool:
+        """Train and write the output; False if that has to begin again without some device.
+
+        It only can before the first step is done: nothing is lost then.
+        """
+        launched = await launcher.launch()
+        eval_folder = self._log.folder / "eval"
+        loop = StepLoop(launcher, launched, self._log, course, blocks, eval_folder, self._options)
+        try:
+            self._log.record.state = "running"
+            await loop.run()
+            await self._finish(loop.launched, workload, loop.progress)
+        except ConfidantError:
+            launched = loop.launched
+            if loop.progress.done or not launcher.goes_on_without(launched.pipeline, launched.plan):
+                raise
+            return False
+        finally:
+            await asyncio.shield(loop.launched.pipeline.stop())
+        return True
 
     async def _prepare(self, folder: Path, files: tuple[str, ...], workload: Workload) -> None:
         """Tokenise and pack the files in a subprocess (the tokenizer stays out of the daemon)."""
@@ -81,22 +94,6 @@ class TrainJob:
             ),
             DataError,
         )
-
-    async def _train(self, launched: Launched, course: Course, blocks: TokenBlocks) -> StepProgress:
-        self._log.record.state = "running"
-        feeder = Feeder(launched, course, blocks, self._log.folder / "eval", self._options)
-        progress = StepProgress(launched, course, self._log)
-        await feeder.feed_until(STEPS_AHEAD)
-        while not (feeder.done and progress.done == course.steps and feeder.evaluations == 0):
-            stage, event = await launched.pipeline.next_event()
-            if isinstance(event, StepDone):
-                progress.step_done(stage, event)
-                await feeder.feed_until(progress.done + STEPS_AHEAD)
-            elif isinstance(event, Evaluated):
-                loss = feeder.evaluated(event)
-                if loss is not None:
-                    self._log.emit({"event": "eval", "step": loss[0], "loss": loss[1]})
-        return progress
 
     async def _finish(self, launched: Launched, workload: Workload, progress: StepProgress) -> None:
         emit_progress(self._log, "save", 0, 1)

@@ -86,7 +86,8 @@ class Alternative:
 class Plan:
     """The whole plan; `seconds` is predicted for a step (training) or a token (generation).
 
-    `microbatches` is 1 in generation.
+    `microbatches` is 1 in generation. `kept_seconds`: what the stages of now would take, where
+    a job runs already.
     """
 
     model: str
@@ -98,6 +99,8 @@ class Plan:
     tokens_per_second: float
     microbatches: int = 1
     alternatives: tuple[Alternative, ...] = ()
+    kept_seconds: float | None = None
+    standstill_seconds: float = 0.0  # until it could replace them
 
     def to_json(self) -> dict[str, Any]:
         """The object of the command-line contract."""
@@ -163,6 +166,14 @@ def make_plan(
         microbatches=work.microbatches if work.method else 1,
         alternatives=_alternatives(work, devices, owner, found) if explain else (),
     )
+
+
+def seconds_of(
+    work: Workload, devices: Sequence[PlanDevice], layers: Sequence[int], forms: Sequence[Form]
+) -> float:
+    """Of a step (or a token) with these stages."""
+    found = Partition(tuple(devices), tuple(layers), tuple(forms), 0.0)
+    return _seconds(work, found, forms)
 
 
 def _alternatives(

@@ -19,7 +19,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from confidantd.ids import DeviceId, JobId
@@ -31,10 +31,22 @@ Objective = Literal["train", "generate"]
 
 
 @dataclass(frozen=True, slots=True)
+class CurrentStage:
+    """What a device holds of a job that runs, in the order of its stages."""
+
+    device: DeviceId
+    layers: int
+    form: Form
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class PlanRequest:
     """What a plan depends on. `devices` are names or ids that must all be used; empty: any.
 
     `sequence_length` is the training length, or prompt plus new tokens for generation.
+    `current` are the stages of a job that runs already: their memory is the job's to use.
+    `without` are devices that cannot hold a stage of this job, with the reason.
     """
 
     job: JobId
@@ -48,6 +60,8 @@ class PlanRequest:
     microbatches: int
     sequence_length: int
     devices: tuple[str, ...] = ()
+    current: tuple[CurrentStage, ...] = ()
+    without: dict[DeviceId, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from confidantd.ids import DeviceId, Digest, JobId
 from confidantd.models.spec import Form, LoraSpec, Method, ModelSpec
+from confidantd.models.stage_parts import Part, stage_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,26 @@ class StageSpec:
     optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
 
 
+def parts_of(spec: StageSpec) -> frozenset[Part]:
+    """Layers and ends of a stage."""
+    return stage_parts(
+        spec.first_layer, spec.past_last_layer, embedding=spec.embedding, head=spec.head
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StateEntry:
+    """A trained tensor by its name, with both its moments: [3, size] float32 in the program's
+    layout, a blob that `source` serves.
+    """
+
+    name: str
+    size: int
+    bytes: int
+    digest: Digest
+    source: DeviceId
+
+
 @dataclass(frozen=True, slots=True)
 class StageAssignment:
     """Everything a device needs to run one stage of one job in one epoch.
@@ -77,6 +98,8 @@ class StageAssignment:
     `programs` maps a program's name to its blob; `tensors` are the checkpoint's
     (and `adapter_tensors` the adapter's) that this stage needs. All are blobs that
     `source` (the owner) serves. `cpu_only`: the plan has no memory for further backends.
+    In an epoch that begins after `steps_done` steps, `state` is what this device has to
+    take over from others; what it had before it keeps.
     """
 
     job: JobId
@@ -92,3 +115,5 @@ class StageAssignment:
     threads: int = 1
     memory_bytes: int = 0
     cpu_only: bool = False
+    steps_done: int = 0
+    state: tuple[StateEntry, ...] = ()

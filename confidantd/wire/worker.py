@@ -35,6 +35,9 @@ class BlobRange:
 class Load:
     """First command: what to compute, where its blobs are, where to listen for other stages.
 
+    Between two steps of a training job it comes again: the worker goes on as another stage,
+    in another epoch.
+
     `backends` are those to use, the CPU's first; `split` says whether they share blocks:
     where it is faster, always, or never; `split_file` is where this device remembers what
     it measured of blocks of this shape.
@@ -114,6 +117,18 @@ class Collect:
 
 
 @dataclass(frozen=True, slots=True)
+class Export:
+    """Write what is trained of these layers and ends, with its moments, as files into `folder`:
+    other devices go on with them. They stay here until the next `Load`.
+    """
+
+    layers: tuple[int, ...]
+    embedding: bool = False
+    head: bool = False
+    folder: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """End the worker."""
 
@@ -163,6 +178,11 @@ class StepDone:
     backend_seconds: dict[str, float] = field(default_factory=dict)
     spans: tuple[StepSpan, ...] = ()
 
+    @property
+    def computed_seconds(self) -> float:
+        """Of all forwards and backwards of the step."""
+        return sum(span.end - span.start for span in self.spans if span.kind != "step")
+
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
@@ -201,6 +221,13 @@ class Collected:
 
 
 @dataclass(frozen=True, slots=True)
+class Exported:
+    """Answer to `Export`; each tensor is [3, size]: the weight and its two moments."""
+
+    tensors: tuple[TrainedTensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SplitChosen:
     """Who computes the blocks of this stage from now on, and the predicted seconds of one."""
 
@@ -233,7 +260,7 @@ class Failed:
     hint: str
 
 
-Command = Load | Connect | TrainStep | Evaluate | Decode | Collect | Stop
+Command = Load | Connect | TrainStep | Evaluate | Decode | Collect | Export | Stop
 Event = (
     Listening
     | Loaded
@@ -242,6 +269,7 @@ Event = (
     | Evaluated
     | Token
     | Collected
+    | Exported
     | SplitChosen
     | Measuring
     | Notice

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from confidantd.engine.tensors import tensor_from_file
 from confidantd.errors import MissingTensorError
 from confidantd.ids import Digest
-from confidantd.wire.stage import ProgramEntry, TensorEntry
+from confidantd.wire.stage import ProgramEntry, StateEntry, TensorEntry
 from confidantd.wire.worker import BlobRange
 
 Reader = Callable[[str], NDArray[Any]]
@@ -27,6 +27,22 @@ def reader(entries: tuple[TensorEntry, ...], blobs: Mapping[Digest, BlobRange]) 
             raise MissingTensorError(f"this stage was not given the tensor {name}")
         blob = blobs[entry.digest]
         return tensor_from_file(Path(blob.path), blob.offset, entry.dtype, entry.shape)
+
+    return read
+
+
+def state_reader(
+    entries: tuple[StateEntry, ...], blobs: Mapping[Digest, BlobRange]
+) -> Callable[[str], NDArray[Any] | None]:
+    """A function from a tensor's name to weight and moments [3, size]; None if there are none."""
+    by_name = {entry.name: entry for entry in entries}
+
+    def read(name: str) -> NDArray[Any] | None:
+        entry = by_name.get(name)
+        if entry is None:
+            return None
+        blob = blobs[entry.digest]
+        return tensor_from_file(Path(blob.path), blob.offset, "F32", (3, entry.size))
 
     return read
 

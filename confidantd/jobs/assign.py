@@ -1,0 +1,90 @@
+"""From a plan to what each of its devices is told: one assignment a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from confidantd.ids import DeviceId, JobId
+from confidantd.jobs.moving import Held, wanted
+from confidantd.jobs.setup import Workload
+from confidantd.planner.plan import Plan
+from confidantd.wire.stage import (
+    OptimizerSpec,
+    ProgramEntry,
+    StageAssignment,
+    StageSpec,
+    StateEntry,
+    TensorEntry,
+    parts_of,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """Programs by name, and the digests of the model's and the adapter's tensors."""
+
+    programs: dict[str, ProgramEntry]
+    tensors: Mapping[str, TensorEntry]
+    adapter: Mapping[str, TensorEntry]
+
+
+def assignments(
+    workload: Workload,
+    plan: Plan,
+    material: Material,
+    *,
+    job: JobId,
+    epoch: int,
+    source: DeviceId,
+    optimizer: OptimizerSpec,
+    seed: int,
+    held: Held,
+    state: Mapping[str, StateEntry],
+    steps_done: int,
+) -> list[StageAssignment]:
+    """One assignment per stage of the plan, each with just the tensors it needs.
+
+    `held` is what devices hold of the job already; of the rest `state` is taken over from
+    others, and what nobody trains comes from the checkpoint.
+    """
+    rows = workload.batch_size // workload.microbatches
+    found = []
+    for index, stage in enumerate(plan.stages):
+        spec = StageSpec(
+            model=workload.spec,
+            first_layer=stage.first_layer,
+            past_last_layer=stage.past_last_layer,
+            embedding=stage.embedding,
+            head=stage.head,
+            training=workload.method,
+            lora=workload.lora,
+            form=stage.form,
+            microbatch_size=rows,
+            sequence_length=workload.sequence_length,
+            seed=seed,
+            optimizer=optimizer,
+        )
+        lacks = wanted(stage.device, parts_of(spec), held, tied=workload.spec.tied)
+        names = lacks.tensor_names(workload.spec)
+        adapter = lacks.adapter_names(workload.spec, workload.lora)
+        found.append(
+            StageAssignment(
+                job=job,
+                epoch=epoch,
+                stage=index,
+                stages=len(plan.stages),
+                microbatches=workload.microbatches,
+                spec=spec,
+                source=source,
+                programs=material.programs,
+                tensors=tuple(material.tensors[n] for n in names if n not in state),
+                adapter_tensors=tuple(
+                    material.adapter[n] for n in adapter if n in material.adapter and n not in state
+                ),
+                cpu_only=stage.cpu_only,
+                steps_done=steps_done,
+                state=tuple(state[n] for n in (*names, *adapter) if n in state),
+            )
+        )
+    return found

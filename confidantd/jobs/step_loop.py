@@ -1,0 +1,104 @@
+"""The steps of a training job, over as many plans as it takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from confidantd.jobs.course import Course
+from confidantd.jobs.feeder import Feeder
+from confidantd.jobs.launch import Launched, Launcher
+from confidantd.jobs.options import TrainOptions
+from confidantd.jobs.record import JobLog
+from confidantd.jobs.step_progress import StepProgress
+from confidantd.jobs.training_data import TokenBlocks
+from confidantd.planner.replan import Watch
+from confidantd.wire.worker import Evaluated, StepDone
+
+STEPS_AHEAD = 2  # batches that wait at the stages, so that none waits for the owner
+
+
+class StepLoop:
+    """Feeds steps until all are done; goes on with a better plan when stages drift."""
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        launched: Launched,
+        log: JobLog,
+        course: Course,
+        blocks: TokenBlocks,
+        eval_folder: Path,
+        options: TrainOptions,
+    ) -> None:
+        self._launcher = launcher
+        self._log = log
+        self._course = course
+        self.launched = launched
+        self._feeder = Feeder(launched, course, blocks, eval_folder, options)
+        self.progress = StepProgress(launched, course, log)
+        self._watch = _watch(launched)
+        self._steps_seen = 0  # of this plan
+
+    async def run(self) -> None:
+        """To the end of the last step and evaluation."""
+        await self._feeder.feed_until(STEPS_AHEAD)
+        while not (self._feeder.done and self._drained):
+            await self._hear()
+            if self._watch.due and not self._feeder.done:
+                await self._reconsider()
+            await self._feeder.feed_until(self.progress.done + STEPS_AHEAD)
+
+    @property
+    def _drained(self) -> bool:
+        """Whether the stages have done all they were given."""
+        return self.progress.done == self._feeder.fed and self._feeder.evaluations == 0
+
+    async def _hear(self) -> None:
+        """Take one event."""
+        stage, event = await self.launched.pipeline.next_event()
+        if isinstance(event, StepDone):
+            answers = self.progress.step_done(stage, event)
+            if answers is not None:
+                self._compare(answers)
+        elif isinstance(event, Evaluated):
+            loss = self._feeder.evaluated(event)
+            if loss is not None:
+                self._log.emit({"event": "eval", "step": loss[0], "loss": loss[1]})
+
+    def _compare(self, answers: dict[int, StepDone]) -> None:
+        """With what was planned. The first step of a plan also fills memory and says nothing."""
+        self._steps_seen += 1
+        if self._steps_seen > 1:
+            count = self.launched.plan.microbatches
+            self._watch = self._watch.observe(
+                {str(stage): answer.computed_seconds / count for stage, answer in answers.items()}
+            )
+
+    async def _reconsider(self) -> None:
+        """Stages drift: go on with another plan, if there is one that pays."""
+        left = self._course.steps - self._feeder.fed
+        if await self._launcher.better_plan(self.launched, left):
+            while not self._drained:
+                await self._hear()
+            moved = await self._launcher.move(self.launched, self.progress.done, self._reason())
+            if moved is not None:
+                self._adopt(moved)
+                return
+        self._watch = self._watch.stays()
+
+    def _adopt(self, launched: Launched) -> None:
+        self.launched, self._watch, self._steps_seen = launched, _watch(launched), 0
+        self._feeder.adopt(launched)
+        self.progress.adopt(launched)
+
+    def _reason(self) -> str:
+        """The stage that is farthest from its plan."""
+        ratios = self._watch.drift.ratios
+        stage = max(ratios, key=lambda name: max(ratios[name], 1 / max(ratios[name], 1e-9)))
+        name = self.launched.plan.stages[int(stage)].name
+        return f"{name} takes {ratios[stage]:.2g} times as long as planned"
+
+
+def _watch(launched: Launched) -> Watch:
+    stages = enumerate(launched.plan.stages)
+    return Watch({str(index): stage.seconds for index, stage in stages})

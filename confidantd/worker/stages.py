@@ -1,0 +1,92 @@
+"""From a `Load` to what a worker runs: programs, weights, backends, links."""
+
+from __future__ import annotations
+
+from confidantd.engine.decode_stage import DecodeStage
+from confidantd.engine.train_stage import TrainStage
+from confidantd.wire.stage import StageAssignment
+from confidantd.wire.worker import Load
+from confidantd.worker.backends import PipeReport, SplitFile, chosen_backends
+from confidantd.worker.blobs import program_paths, reader, state_reader
+from confidantd.worker.generator import PREFILL_CHUNK_TOKENS
+from confidantd.worker.links import Links
+from confidantd.worker.trainer import tied_partner
+
+# Given where blocks are large enough for several backends:
+TRAIN_SPLIT_PROGRAM, DECODE_SPLIT_PROGRAM = "attention_forward", "attention_decode"
+
+
+def partners(place: StageAssignment) -> set[int]:
+    """The stages this one exchanges tensors with: neighbours, and the other end where needed."""
+    found = {s for s in (place.stage - 1, place.stage + 1) if 0 <= s < place.stages}
+    ends = {0, place.stages - 1}
+    if place.spec.training is None and place.stage in ends:
+        found |= ends - {place.stage}  # the chosen token goes from the head to stage 0
+    tied = tied_partner(place)
+    return found if tied is None else found | {tied}
+
+
+def make_links(load: Load) -> Links:
+    """The links of a stage; no frame may be larger than the largest tensor of the schedule."""
+    place, spec = load.assignment, load.assignment.spec
+    rows = spec.microbatch_size * spec.sequence_length if spec.training else PREFILL_CHUNK_TOKENS
+    largest = rows * spec.model.block.hidden
+    if spec.model.tied and spec.training == "full":
+        largest = max(largest, spec.model.vocabulary * spec.model.block.hidden)
+    return Links(
+        load.home, place.job, place.epoch, place.stage, place.stages, max_tensor_bytes=4 * largest
+    )
+
+
+def make_train_stage(load: Load, report: PipeReport) -> TrainStage:
+    """Programs and weights of a training stage, and who computes its blocks."""
+    place = load.assignment
+    stage = TrainStage(
+        place.spec,
+        program_paths(place.programs, load.blobs),
+        reader(place.tensors, load.blobs),
+        reader(place.adapter_tensors, load.blobs) if place.adapter_tensors else None,
+        place.threads,
+        state=state_reader(place.state, load.blobs),
+        steps_done=place.steps_done,
+    )
+    _schedule_training(stage, load, report)
+    return stage
+
+
+def become(stage: TrainStage, load: Load, report: PipeReport) -> None:
+    """Make a training stage into another one."""
+    place = load.assignment
+    stage.become(
+        place.spec,
+        reader(place.tensors, load.blobs),
+        reader(place.adapter_tensors, load.blobs) if place.adapter_tensors else None,
+        state_reader(place.state, load.blobs),
+    )
+    _schedule_training(stage, load, report)
+
+
+def _schedule_training(stage: TrainStage, load: Load, report: PipeReport) -> None:
+    if TRAIN_SPLIT_PROGRAM in load.assignment.programs:
+        _schedule(stage, load, report)
+
+
+def make_decode_stage(load: Load, report: PipeReport) -> DecodeStage:
+    """Programs and weights of a generating stage, and who computes its blocks."""
+    place = load.assignment
+    stage = DecodeStage(
+        place.spec,
+        program_paths(place.programs, load.blobs),
+        reader(place.tensors, load.blobs),
+        reader(place.adapter_tensors, load.blobs) if place.adapter_tensors else None,
+        place.threads,
+    )
+    if DECODE_SPLIT_PROGRAM in place.programs:
+        _schedule(stage, load, report)
+    return stage
+
+
+def _schedule(stage: TrainStage | DecodeStage, load: Load, report: PipeReport) -> None:
+    if len(load.backends) > 1:
+        backends = chosen_backends(load.backends, report)
+        stage.schedule(backends, SplitFile(load.split_file), report, load.split)
