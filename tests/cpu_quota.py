@@ -58,11 +58,8 @@ def available() -> bool:
 @contextlib.contextmanager
 def quotas(*shares: float | None) -> Iterator[list[CpuQuota]]:
     """Some groups, removed at the end."""
-    made: list[CpuQuota] = []
-    try:
-        for share in shares:
-            made.append(CpuQuota(share))
-        yield made
-    finally:
+    with contextlib.ExitStack() as stack:
+        made = [CpuQuota(share) for share in shares]
         for quota in made:
-            quota.close()
+            stack.callback(quota.close)
+        yield made
