@@ -11,6 +11,7 @@ from confidantd.cli.option_types import (
     COUNT,
     WHOLE,
     amount,
+    counts,
     names,
     options,
     path,
@@ -23,7 +24,12 @@ METHODS = click.Choice(["full", "lora"])
 SCHEDULES = click.Choice(["constant", "linear", "cosine"])
 
 _model = click.argument("model", metavar="MODEL", type=path)
-_devices = click.option("--devices", metavar="NAME,...", type=names, help="Use exactly these.")
+_devices = options(
+    click.option("--devices", metavar="NAME,...", type=names, help="Use exactly these."),
+    click.option(
+        "--layers", metavar="N,...", type=counts, help="So many on each of --devices, in order."
+    ),
+)
 _shape = options(  # what changes a plan
     click.option("--method", type=METHODS, help="What is trained. [default: full]"),
     click.option("--rank", metavar="R", type=COUNT, help="LoRA rank. [default: 8]"),

@@ -31,6 +31,14 @@ def names(text: str) -> list[str]:
     return found
 
 
+def counts(text: str) -> list[int]:
+    """The whole numbers over 0 of a comma-separated list."""
+    found = names(text)
+    if not all(number.isdecimal() and int(number) > 0 for number in found):
+        raise click.BadParameter(f"{text} is not a list of whole numbers over 0")
+    return [int(number) for number in found]
+
+
 def amount(text: str) -> float:
     """A finite number, 0 or more."""
     try:

@@ -121,7 +121,13 @@ class Coordinator:
             raise DeviceError("no device of the swarm is alive", "see `confidant peers`")
         work = plan_workload(request)
         plan = await asyncio.to_thread(
-            make_plan, work, devices, owner, use_all=bool(request.devices), explain=explain
+            make_plan,
+            work,
+            devices,
+            owner,
+            use_all=bool(request.devices),
+            layers=request.layers,
+            explain=explain,
         )
         left_out = (*plan.left_out, *cannot(request, self._swarm.peers()))
         kept = kept_seconds(work, devices, request.current)

@@ -49,6 +49,7 @@ class TrainOptions:
     eval_data: str | None = None
     eval_every: int | None = None
     devices: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
 
     def check(self) -> None:
         """Raise what is wrong with the options themselves; files are looked at later."""
@@ -109,6 +110,7 @@ class PlanOptions:
     sequence_length: int | None = None
     max_new_tokens: int = DEFAULT_NEW_TOKENS
     devices: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
     what_if: str | None = None
 
 
@@ -124,6 +126,7 @@ class GenerateOptions:
     top_p: float = 1.0
     seed: int = 0
     devices: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
 
     def check(self) -> None:
         """Raise what is wrong with the options themselves."""
@@ -131,6 +134,21 @@ class GenerateOptions:
         _at_least("temperature", self.temperature, 0)
         if not 0 < self.top_p <= 1:
             raise UsageError("--top-p must be over 0 and at most 1")
+
+
+def check_layers(devices: tuple[str, ...], layers: tuple[int, ...], of: int) -> None:
+    """`--layers` says how many of the model's layers each of `--devices` gets."""
+    if not layers:
+        return
+    if len(set(devices)) != len(layers):
+        raise UsageError(
+            f"--layers has {len(layers)} numbers for {len(set(devices))} devices",
+            "name as many --devices, in the order of the layers",
+        )
+    if min(layers) < 1:
+        raise UsageError("every device of --layers needs one layer at least")
+    if sum(layers) != of:
+        raise UsageError(f"--layers add up to {sum(layers)}, the model has {of} layers")
 
 
 def options_from(cls: type[_T], request: Mapping[str, Any]) -> _T:

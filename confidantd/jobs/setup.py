@@ -13,6 +13,7 @@ from confidantd.jobs.options import (
     GenerateOptions,
     PlanOptions,
     TrainOptions,
+    check_layers,
     model_folder,
 )
 from confidantd.models.adapter import read_adapter
@@ -37,6 +38,7 @@ class Workload:
     batch_size: int
     microbatches: int
     sequence_length: int
+    layers: tuple[int, ...] = ()  # of each device, where the user insists
 
     @property
     def spec(self) -> ModelSpec:
@@ -57,6 +59,7 @@ class Workload:
             microbatches=self.microbatches,
             sequence_length=self.sequence_length,
             devices=devices,
+            layers=self.layers,
         )
 
     def program_request(self) -> ProgramRequest:
@@ -85,8 +88,16 @@ def train_workload(options: TrainOptions | PlanOptions) -> Workload:
             f"({model.spec.max_positions})",
             "lower --sequence-length",
         )
+    check_layers(options.devices, options.layers, model.spec.layers)
     return Workload(
-        model, method, lora, adapter, options.batch_size, checked.microbatch_count, length
+        model,
+        method,
+        lora,
+        adapter,
+        options.batch_size,
+        checked.microbatch_count,
+        length,
+        options.layers,
     )
 
 
@@ -99,7 +110,9 @@ def generate_workload(options: GenerateOptions | PlanOptions, prompt_tokens: int
     if folder is not None:
         lora, adapter = read_adapter(_adapter_folder(folder), model.spec)
     length = prompt_tokens + options.max_new_tokens
-    return Workload(model, None, lora, adapter, 1, 1, min(length, model.spec.max_positions))
+    check_layers(options.devices, options.layers, model.spec.layers)
+    room = min(length, model.spec.max_positions)
+    return Workload(model, None, lora, adapter, 1, 1, room, options.layers)
 
 
 def _lora(

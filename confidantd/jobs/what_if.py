@@ -89,6 +89,7 @@ def plan_for(path: str, request: PlanRequest) -> Plan:
         fleet.devices,
         fleet.owner,
         use_all=bool(request.devices),
+        layers=request.layers,
         explain=True,
     )
 

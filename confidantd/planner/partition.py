@@ -22,6 +22,7 @@ from confidantd.planner.costs import (
     stage_cost,
     stage_seconds,
 )
+from confidantd.planner.options import Options
 from confidantd.planner.pace import NOTHING, before, behind, step_seconds
 from confidantd.planner.search import Search
 from confidantd.planner.workload import Form, Workload
@@ -56,6 +57,21 @@ def best_partition(
     for found in _better_and_better(work, devices, owner, use_all=use_all):
         best = found
     return best
+
+
+def fixed_partition(
+    work: Workload, devices: Sequence[PlanDevice], layers: Sequence[int]
+) -> Partition | None:
+    """These layers on these devices, each in the fastest form that fits; None if one has none."""
+    options = Options(work, devices, len(devices))
+    forms: list[Form] = []
+    for place, count in enumerate(layers):
+        found = options.at(place, place)
+        if len(found) < count:
+            return None
+        forms.append(found[count - 1].form)
+    seconds = predicted_seconds(work, devices, layers, forms)
+    return Partition(tuple(devices), tuple(layers), tuple(forms), seconds)
 
 
 def _better_and_better(

@@ -11,7 +11,13 @@ from confidantd.errors import DeviceError, DoesNotFitError
 from confidantd.ids import DeviceId
 from confidantd.planner.costs import PlanDevice, link_cost, stage_cost
 from confidantd.planner.memory import stage_memory
-from confidantd.planner.partition import Partition, alternatives, best_partition, predicted_seconds
+from confidantd.planner.partition import (
+    Partition,
+    alternatives,
+    best_partition,
+    fixed_partition,
+    predicted_seconds,
+)
 from confidantd.planner.simulate import simulate
 from confidantd.planner.workload import Form, Workload
 from confidantd.wire.stage import BackendShare
@@ -139,17 +145,22 @@ def make_plan(
     owner: DeviceId,
     *,
     use_all: bool = False,
+    layers: tuple[int, ...] = (),
     explain: bool = False,
 ) -> Plan:
     """The fastest plan that fits; `DoesNotFitError` names each device's shortfall.
 
-    With `explain` it comes with the next-best ones, which takes longer.
+    With `layers` each of `devices` gets as many, in their order. With `explain` it comes with
+    the next-best ones, which takes longer.
     """
     if use_all and len(devices) > work.layers:
         raise DeviceError(
             f"{len(devices)} devices cannot share {work.layers} layers", "name fewer devices"
         )
-    found = best_partition(work, devices, owner, use_all=use_all)
+    if layers:
+        found = fixed_partition(work, devices, layers)
+    else:
+        found = best_partition(work, devices, owner, use_all=use_all)
     if found is None:
         raise _does_not_fit(work, devices, use_all=use_all)
     tokens = work.tokens * work.microbatches if work.method else 1
@@ -164,7 +175,7 @@ def make_plan(
         seconds=seconds,
         tokens_per_second=tokens / seconds,
         microbatches=work.microbatches if work.method else 1,
-        alternatives=_alternatives(work, devices, owner, found) if explain else (),
+        alternatives=_alternatives(work, devices, owner, found) if explain and not layers else (),
     )
 
 

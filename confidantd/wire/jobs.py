@@ -45,6 +45,7 @@ class PlanRequest:
     """What a plan depends on. `devices` are names or ids that must all be used; empty: any.
 
     `sequence_length` is the training length, or prompt plus new tokens for generation.
+    `layers`: how many each of `devices` gets, in order; empty: the planner's choice.
     `current` are the stages of a job that runs already: their memory is the job's to use.
     `without` are devices that cannot hold a stage of this job, with the reason.
     """
@@ -60,6 +61,7 @@ class PlanRequest:
     microbatches: int
     sequence_length: int
     devices: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
     current: tuple[CurrentStage, ...] = ()
     without: dict[DeviceId, str] = field(default_factory=dict)
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from confidantd.errors import DoesNotFitError
 from confidantd.ids import DeviceId
 from confidantd.planner.memory import stage_memory
 from confidantd.planner.options import FORMS
@@ -20,6 +21,7 @@ from confidantd.planner.partition import (
     cost,
     predicted_seconds,
 )
+from confidantd.planner.plan import make_plan
 from confidantd.planner.workload import Workload
 from tests.unit.planner_support import GIGABYTE, device, workload
 
@@ -192,3 +194,20 @@ def test_many_devices(count: int) -> None:
     alone = best_partition(work, [spacious], DeviceId(spacious.id), use_all=False)
     assert alone is not None
     assert found.seconds < alone.seconds
+
+
+def test_layers_that_a_user_insists_on_are_kept_in_their_order() -> None:
+    work, devices = workload(layers=6), [device("slow", gflops=5.0), device("fast", gflops=80.0)]
+    plan = make_plan(work, devices, devices[1].id, use_all=True, layers=(4, 2))
+    assert [(s.name, s.past_last_layer - s.first_layer) for s in plan.stages] == [
+        ("slow", 4), ("fast", 2),
+    ]  # fmt: skip
+    free = make_plan(work, devices, devices[1].id, use_all=True)
+    assert free.seconds < plan.seconds
+
+
+def test_layers_that_do_not_fit_where_the_user_wants_them_are_refused() -> None:
+    work = workload(layers=6)
+    devices = [device("small", available_bytes=600_000_000), device("large")]
+    with pytest.raises(DoesNotFitError):
+        make_plan(work, devices, devices[0].id, use_all=True, layers=(5, 1))
