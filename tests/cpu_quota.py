@@ -1,6 +1,6 @@
 """Slow devices on one machine: control groups that give processes a share of one core.
 
-The period is short (10 ms), so that a step sees the mean. Needs root and the `cpu` controller
+The period is short, so that a step sees the mean. Needs root and the `cpu` controller
 (version 1 or 2).
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path("/sys/fs/cgroup")
-PERIOD_US = 10_000
+PERIOD_US, LEAST_US = 20_000, 1_000
 
 
 class CpuQuota:
@@ -34,7 +34,7 @@ class CpuQuota:
 
     def set(self, share: float | None) -> None:
         """So many cores from now on; None for no limit."""
-        quota = None if share is None else max(1000, int(share * PERIOD_US))
+        quota = None if share is None else max(LEAST_US, int(share * PERIOD_US))
         if self._second:
             (self._path / "cpu.max").write_text(f"{quota or 'max'} {PERIOD_US}")
         else:

@@ -2,13 +2,12 @@
 
 In a process of its own, so that memory returns and the daemon never loads onnxruntime. It
 runs the stages that jobs run, on random weights: one block in both forms, the head, the
-embedding and the optimizer, each some times, and takes medians.
+embedding and the optimizer, each for a while.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -29,8 +28,9 @@ from confidantd.wire.codec import from_map, to_map
 from confidantd.wire.speeds import Speeds
 from confidantd.wire.stage import StageSpec
 
-ROUNDS = 3  # the median of so many; the first one also fills memory and is not counted
-TOKENS = 8  # of generation: they are short
+# The mean of so many runs and over so long at least, after one that also fills memory: a device
+# that is throttled or shared does nothing for some ms again and again, which belongs to it.
+ROUNDS, WINDOW_SECONDS = 3, 0.25
 PAST = 64  # positions in the cache before them
 SOME_FLOATS = 1 << 20  # random numbers, repeated: to draw a whole table takes seconds
 
@@ -73,7 +73,7 @@ class Bench:
             stage.forward(0, x)
             stage.backward(0, dy)
 
-        seconds = _median(lambda: stage.step(1e-4, 1.0), before=gradients)
+        seconds = _mean(lambda: stage.step(1e-4, 1.0), before=gradients)
         return seconds / max(stage.trained_parameters(), 1)
 
     def _hidden(self) -> tuple[Floats, Floats]:
@@ -90,7 +90,7 @@ class Bench:
             stage.set_labels(0, labels, 1.0)
             stage.backward(0, None)
 
-        return _median(both)
+        return _mean(both)
 
     def _embedding(self) -> float:
         stage, (_, dy) = self._stage(embedding=True), self._hidden()
@@ -100,7 +100,7 @@ class Bench:
             stage.forward(0, ids)
             stage.backward(0, dy)
 
-        return _median(both)
+        return _mean(both)
 
     def _ids(self) -> NDArray[np.int64]:
         request = self.request
@@ -124,22 +124,21 @@ class Bench:
     def _generation(self, progress: Callable[[int, int], None]) -> Speeds:
         progress(0, 2)
         model = self.request.model
-        past = PAST
-        if model.positions == "learned":
-            past = max(1, min(PAST, model.max_positions - TOKENS - 1))
+        past = min(PAST, model.max_positions // 2) if model.positions == "learned" else PAST
         block = self._decoder(self._spec(1))
         block.forward(0, _some((1, past, model.block.hidden)))
-        forward = self._token_seconds(block)
+        forward = self._token_seconds(block, past)
         progress(1, 2)
         head = None
         if self.ends:
-            head = self._token_seconds(self._decoder(self._spec(0, head=True)))
+            head = self._token_seconds(self._decoder(self._spec(0, head=True)), 0)
         progress(2, 2)
         return Speeds(forward, head=head)
 
-    def _token_seconds(self, stage: DecodeStage) -> float:
+    def _token_seconds(self, stage: DecodeStage, past: int) -> float:
+        """One token after `past` others."""
         token = _some((1, 1, self.request.model.block.hidden))
-        return _median(lambda: stage.forward(0, token), TOKENS)
+        return _mean(lambda: stage.forward(0, token), before=lambda: stage.truncate(0, past))
 
     def _decoder(self, spec: StageSpec) -> DecodeStage:
         return DecodeStage(spec, self.programs, self._reader(), None, self.threads)
@@ -156,29 +155,38 @@ class Bench:
 
 
 def _passes(stage: TrainStage, x: Floats, dy: Floats) -> tuple[float, float]:
-    """Median seconds of a forward and of a backward."""
-    times = []
-    for _ in range(1 + ROUNDS):
+    """Mean seconds of a forward and of a backward."""
+    between = 0.0
+
+    def forward() -> None:
+        nonlocal between
         started = time.perf_counter()
         stage.forward(0, x)
-        between = time.perf_counter()
+        between += time.perf_counter() - started
+
+    stage.forward(0, x)
+    stage.backward(0, dy)
+    rounds, began = 0, time.perf_counter()
+    while rounds < ROUNDS or time.perf_counter() - began < WINDOW_SECONDS:
+        forward()
         stage.backward(0, dy)
-        times.append((between - started, time.perf_counter() - between))
-    forward, backward = (statistics.median(t) for t in zip(*times[1:], strict=True))
-    return forward, backward
+        rounds += 1
+    whole = time.perf_counter() - began
+    return between / rounds, (whole - between) / rounds
 
 
-def _median(
-    work: Callable[[], Any], rounds: int = ROUNDS, before: Callable[[], Any] = lambda: None
-) -> float:
+def _mean(work: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> float:
     """Seconds of `work`, without those of what comes `before` each time."""
-    times = []
-    for _ in range(1 + rounds):
+    before()
+    work()
+    rounds, seconds, began = 0, 0.0, time.perf_counter()
+    while rounds < ROUNDS or time.perf_counter() - began < WINDOW_SECONDS:
         before()
         started = time.perf_counter()
         work()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
+        seconds += time.perf_counter() - started
+        rounds += 1
+    return seconds / rounds
 
 
 def _some(shape: tuple[int, ...]) -> Floats:

@@ -7,6 +7,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +37,28 @@ ENDS_BYTES = 16  # a parameter of the head in full fine-tuning, while it is meas
 FORMS: tuple[Form, ...] = ("saved", "recompute")
 
 
+@dataclass(slots=True)
+class _Live:
+    """What running stages show, after so many steps."""
+
+    speeds: Speeds
+    steps: int = 0
+
+
 class SpeedBook:
     """Speeds by shape, in files of a folder; those of running stages in memory too. Blocking."""
 
     def __init__(self, folder: Path, splits: Splits) -> None:
         self._folder = folder
         self._splits = splits
-        self._live: dict[Path, Speeds] = {}
+        self._live: dict[Path, _Live] = {}
 
     def known(self, request: ProgramRequest) -> Speeds | None:
         """What steps showed last, else what was measured; None if neither was."""
         file = self._file(request)
         live = self._live.get(file)
         if live is not None:
-            return live
+            return live.speeds
         try:
             found = json.loads(file.read_bytes())
             speeds = from_map(Speeds, found["speeds"])
@@ -74,25 +83,27 @@ class SpeedBook:
         request = program_request(place.spec)
         known = self.known(request)
         if known is not None:
-            self._live[self._file(request)] = known
+            self._live.setdefault(self._file(request), _Live(known))
 
     def observe(self, place: StageAssignment, step: StepDone) -> None:
         """It has done a step. Reads no file."""
         file, count = self._file(program_request(place.spec)), place.microbatches
         measured = step.computed_seconds / count
-        known = self._live.get(file)
-        if known is not None:
-            self._live[file] = corrected(known, _seconds(place, known), measured)
-        else:
+        live = self._live.get(file)
+        if live is None:
             any_speed = assumed_speeds(assignment_workload(place), 1.0)
-            self._live[file] = scaled(any_speed, measured / _seconds(place, any_speed))
+            right = scaled(any_speed, measured / _seconds(place, any_speed))
+            live = self._live[file] = _Live(right)
+        predicted = _seconds(place, live.speeds)
+        live.speeds = corrected(live.speeds, predicted, measured, live.steps)
+        live.steps += 1
 
     def save(self, place: StageAssignment) -> None:
         """A stage here has ended: keep what it showed."""
         request = program_request(place.spec)
         live = self._live.pop(self._file(request), None)
         if live is not None:
-            self.remember(request, live, lived=True)
+            self.remember(request, live.speeds, lived=True)
 
     def _with_backends(self, request: ProgramRequest, speeds: Speeds) -> Speeds:
         """Where several backends share such blocks: what they take together."""

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from confidantd.planner.workload import Form
 from confidantd.wire.speeds import Speeds
 
-SMOOTHING = 0.3  # weight of the newest step: one is noisy, a hot phone stays hot
+LEAST_WEIGHT = 0.3  # of the newest step: one is noisy, a hot phone stays hot
 LIKELY = 100.0  # a step that differs by more than this factor is a clock that jumped
 MOST_SECONDS = 1e6
 _SECONDS = tuple(field.name for field in fields(Speeds) if field.name != "head")
@@ -41,14 +41,17 @@ def scaled(speeds: Speeds, ratio: float) -> Speeds:
     return Speeds(head=head, **{name: getattr(speeds, name) * ratio for name in _SECONDS})
 
 
-def corrected(speeds: Speeds, predicted: float, measured: float) -> Speeds:
+def corrected(speeds: Speeds, predicted: float, measured: float, steps: int) -> Speeds:
     """After a step in which a stage took `measured` seconds instead of `predicted` by these.
 
-    What slows a stage (heat, another program) slows all of it.
+    What slows a stage (heat, another program) slows all of it. `steps` came before: the
+    first one counts more than the few runs of a block that were measured, the first few
+    count alike, and later ones displace the older ones.
     """
     if predicted <= 0 or not 1 / LIKELY < measured / predicted < LIKELY:
         return speeds
-    return scaled(speeds, 1 + SMOOTHING * (measured / predicted - 1))
+    weight = max(LEAST_WEIGHT, 1 / (steps + 1))
+    return scaled(speeds, 1 + weight * (measured / predicted - 1))
 
 
 def valid(found: Speeds) -> bool:

@@ -50,17 +50,23 @@ def test_backends_together_change_the_block_only() -> None:
     assert (found.head, found.backward_again) == (MEASURED.head, MEASURED.backward_again)
 
 
-def test_steps_correct_what_was_measured_and_go_on_until_it_is_right() -> None:
-    found = MEASURED
-    for _ in range(20):
-        found = corrected(found, predicted=sum(block_seconds(found, "saved")), measured=9.0)
+def test_the_first_step_is_believed_and_later_ones_are_smoothed() -> None:
+    found = corrected(MEASURED, predicted=3.0, measured=9.0, steps=0)
+    assert sum(block_seconds(found, "saved")) == pytest.approx(9.0)
+    assert found.head == pytest.approx(15.0)
+    found = corrected(MEASURED, predicted=3.0, measured=9.0, steps=1)
+    assert sum(block_seconds(found, "saved")) == pytest.approx(6.0)
+    found = corrected(MEASURED, predicted=3.0, measured=9.0, steps=100)
+    assert 3.0 < sum(block_seconds(found, "saved")) < 6.0
+    for steps in range(20):
+        predicted = sum(block_seconds(found, "saved"))
+        found = corrected(found, predicted, measured=9.0, steps=100 + steps)
     assert sum(block_seconds(found, "saved")) == pytest.approx(9.0, rel=0.01)
-    assert found.head == pytest.approx(15.0, rel=0.01)
 
 
 def test_a_clock_that_jumps_corrects_nothing() -> None:
-    assert corrected(MEASURED, predicted=3.0, measured=3600.0) == MEASURED
-    assert corrected(MEASURED, predicted=3.0, measured=-1.0) == MEASURED
+    assert corrected(MEASURED, predicted=3.0, measured=3600.0, steps=0) == MEASURED
+    assert corrected(MEASURED, predicted=3.0, measured=-1.0, steps=0) == MEASURED
 
 
 @given(gflops=st.floats(0.01, 1e5), ratio=st.floats(0.01, 100.0))

@@ -1,0 +1,135 @@
+"""Devices that differ tenfold: what the plan makes of them, and how well a pipeline is filled.
+
+Run from the project's folder, as root: `python -m benchmarks.heterogeneity`. Devices are
+daemons in control groups with a share of a core each; together they need less than the
+machine's two cores. What each can do alone is measured while the others do the same. Steps
+are timed from outside, by when the owner hears of them.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchmarks.fleet import Run, fleet, make_model, make_text, timed
+from benchmarks.report import Claim, options, report
+from tests.e2e.devices import Device
+
+LENGTH = 128
+HIDDEN, COLUMNS = 256, 704
+UNEQUAL, EQUAL = (0.9, 0.9, 0.09), (0.45, 0.45, 0.45, 0.45)
+ALONE_MICROBATCHES = 8
+BOUND_REACH, EFFICIENCY_REACH, MISS_REACH = 0.90, 0.85, 0.10
+
+
+def shape(microbatches: int) -> tuple[str, ...]:
+    """One sequence a microbatch."""
+    count = str(microbatches)
+    return ("--batch-size", count, "--microbatches", count, "--sequence-length", str(LENGTH))
+
+
+class Bench:
+    """Jobs over the devices of one fleet."""
+
+    def __init__(self, folder: Path, devices: Sequence[Device], layers: int, most: int) -> None:
+        self._folder, self._devices = folder, devices
+        self.layers = layers
+        self.model = make_model(folder / "model", HIDDEN, COLUMNS, layers)
+        self.text = make_text(folder / "text.txt", 2 * most * LENGTH)
+        self._runs = 0
+
+    def _output(self) -> Path:
+        self._runs += 1
+        return self._folder / f"out{self._runs}"
+
+    def together(self, microbatches: int, steps: int, layers: Sequence[int] = ()) -> Run:
+        """One job over all devices, as planned or with these layers."""
+        given = [*shape(microbatches), "--devices", ",".join(d.name for d in self._devices)]
+        if layers:
+            given += ["--layers", ",".join(map(str, layers))]
+        owner = self._devices[0]
+        return timed(owner, self.model, self.text, self._output(), steps, *given)
+
+    def alone(self, steps: int) -> list[float]:
+        """Seconds of a microbatch through the whole model on each device, all at work."""
+        runs = [
+            Run(
+                device, self.model, self.text, self._output(), "--steps", "1000",
+                *shape(ALONE_MICROBATCHES), "--devices", device.name,
+            )
+            for device in self._devices
+        ]  # fmt: skip
+        try:
+            for run in runs:
+                run.wait_for(steps)
+            return [run.step_seconds() / ALONE_MICROBATCHES for run in runs]
+        finally:
+            for run in runs:
+                run.end()
+
+
+def unequal(folder: Path, layers: int, microbatches: int, steps: int) -> Iterator[Claim]:
+    """Three devices at speeds 10:10:1."""
+    with fleet(folder, UNEQUAL) as devices:
+        bench = Bench(folder, devices, layers, microbatches)
+        bench.together(ALONE_MICROBATCHES, 1)  # compiles and measures
+        alone = bench.alone(steps)
+        third = layers // 3
+        equal = bench.together(16, steps, (layers - 2 * third, third, third))
+        planned = bench.together(microbatches, steps)
+    speeds = [1 / seconds for seconds in alone]
+    bound = sum(speeds) / (len(speeds) * min(speeds))
+    gain = (equal.step_seconds() / 16) / (planned.step_seconds() / microbatches)
+    stages = planned.plan["stages"]
+    shares = ":".join(str(s["layers"][1] - s["layers"][0]) for s in stages)
+    yield Claim(
+        "speeds 10:10:1, of the bound over an equal split", gain / bound, BOUND_REACH, "share",
+        f"{gain:.2f}x of {bound:.2f}x; layers {shares}, {microbatches} microbatches; "
+        f"a microbatch alone {', '.join(f'{s:.3f}' for s in alone)} s",
+        at_most=False,
+    )  # fmt: skip
+    yield predicted("speeds 10:10:1", planned)
+
+
+def equal(folder: Path, layers: int, microbatches: int, steps: int) -> Iterator[Claim]:
+    """Four equal devices."""
+    with fleet(folder, EQUAL) as devices:
+        bench = Bench(folder, devices, layers, microbatches)
+        bench.together(ALONE_MICROBATCHES, 1)
+        alone = bench.alone(steps)
+        planned = bench.together(microbatches, steps)
+    speed = sum(1 / seconds for seconds in alone)
+    bubble = (len(alone) - 1 + microbatches) / microbatches
+    ideal = microbatches / speed * bubble
+    yield Claim(
+        "four equal devices, pipeline efficiency without the bubble",
+        ideal / planned.step_seconds(), EFFICIENCY_REACH, "share",
+        f"{ideal:.2f} s of {planned.step_seconds():.2f} s, {microbatches} microbatches",
+        at_most=False,
+    )  # fmt: skip
+    yield predicted("four equal devices", planned)
+
+
+def predicted(what: str, run: Run) -> Claim:
+    """The plan's step time against the measured one."""
+    said, took = run.plan["predicted"]["step_seconds"], run.step_seconds()
+    detail = f"predicted {said:.2f} s, measured {took:.2f} s"
+    return Claim(f"{what}, predicted step", abs(said / took - 1), MISS_REACH, "miss", detail)
+
+
+def claims(*, quick: bool) -> Iterator[Claim]:
+    """Every claim."""
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder)
+        if quick:
+            yield from equal(base / "equal", 8, 16, 3)
+            return
+        yield from unequal(base / "unequal", 21, 64, 4)
+        yield from equal(base / "equal", 20, 16, 8)
+
+
+if __name__ == "__main__":
+    given = options(__doc__.splitlines()[0])
+    sys.exit(report(claims(quick=given.quick), as_json=given.json))
