@@ -177,6 +177,7 @@ class Daemon:
             threads=self._threads,
             gflops=cpu_gflops(self._providers),
             backends=present_names(self._used_providers()),
+            bandwidth_mbps=self._swarm.fastest_link_mbps(),
         )
 
     def _used_providers(self) -> tuple[Provider, ...]:

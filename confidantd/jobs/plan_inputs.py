@@ -161,4 +161,5 @@ def _device(peer: PeerView) -> PlanDevice:
         bandwidth_mbps=resources.bandwidth_mbps,
         round_trip_seconds=None if trip is None else trip / 1000,
         backends=resources.backends or ("cpu",),
+        links=peer.links,
     )

@@ -25,6 +25,7 @@ def read_resources(
     threads: int,
     gflops: float,
     backends: tuple[str, ...] = (),
+    bandwidth_mbps: float | None = None,
 ) -> Resources:
     """Resources of this device.
 
@@ -45,7 +46,7 @@ def read_resources(
         threads=threads,
         charging=battery.charging,
         battery_percent=battery.percent,
-        bandwidth_mbps=None,
+        bandwidth_mbps=bandwidth_mbps,
         load=_load(),
         version=confidantd.__version__,
         granted_bytes=granted_bytes,

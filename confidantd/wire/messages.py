@@ -13,6 +13,7 @@ from typing import Any
 from confidantd.errors import ConfidantError, ProtocolError, from_wire
 from confidantd.ids import DeviceId, is_digest
 from confidantd.wire.codec import from_map, pack, to_map, unpack
+from confidantd.wire.links import Link
 from confidantd.wire.resources import Resources
 
 PROTOCOL_VERSION = 1
@@ -211,8 +212,9 @@ class Beat:
 
     `term` is the highest the sender has seen, `claim` that of the coordinator it follows
     (itself included), `heard` the devices it hears directly. `echo` is the last `sequence`
-    it got from the receiver and `echo_held_seconds` how long ago. `resources` and
-    `addresses` (`host:port` texts by device) come only every few beats.
+    it got from the receiver and `echo_held_seconds` how long ago. `resources`,
+    `addresses` (`host:port` texts by device) and `links` (what the sender measured, by device)
+    come only every few beats.
     """
 
     sequence: int
@@ -224,3 +226,4 @@ class Beat:
     echo_held_seconds: float = 0.0
     resources: Resources | None = None
     addresses: dict[DeviceId, tuple[str, ...]] = field(default_factory=dict)
+    links: dict[DeviceId, Link] = field(default_factory=dict)

@@ -11,6 +11,7 @@ class Resources:
 
     `memory_bytes` is physical, `available_bytes` is what jobs may use now and
     `granted_bytes` what running jobs have been promised. `gflops` is 0 until measured.
+    `bandwidth_mbps` is that of its fastest link, None until one is measured.
     `charging` and `battery_percent` are None without a battery. `load` is the share of
     the CPU in use, 0 to 1. `roles` holds "compiler" where torch is installed.
     """
