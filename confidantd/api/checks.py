@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 from confidantd.swarm.state import PeerView
+from confidantd.wire.resources import Resources
 
 NAMED = 3  # pairs in one line
 
@@ -13,6 +14,28 @@ NAMED = 3  # pairs in one line
 def check(name: str, state: str, message: str, hint: str = "") -> dict[str, str]:
     """One line: `state` is ok, warn, fail, or none for what is not there and need not be."""
     return {"name": name, "state": state, "message": message, "hint": hint}
+
+
+def check_readiness(here: Resources | None) -> dict[str, str]:
+    """Whether this device takes work for others, with its charge and temperature."""
+    state = _condition(here) if here is not None else ""
+    if here is not None and here.refuses:
+        said = "; ".join(filter(None, [f"this device takes none: {here.refuses}", state]))
+        hint = "its own jobs run anyway; the setting in brackets goes into config.toml in its home"
+        return check("work for others", "warn", said, hint)
+    said = "; ".join(filter(None, ["this device takes it", state]))
+    return check("work for others", "ok", said)
+
+
+def _condition(here: Resources) -> str:
+    """What is known of charge and heat, in words."""
+    parts = []
+    if here.battery_percent is not None:
+        how = "charging" if here.charging else "not charging"
+        parts.append(f"battery at {here.battery_percent:.0f} %, {how}")
+    if here.temperature_celsius is not None:
+        parts.append(f"{here.temperature_celsius:.0f} °C")
+    return ", ".join(parts)
 
 
 def check_links(alive: Sequence[PeerView]) -> list[dict[str, str]]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import confidantd
-from confidantd.api.checks import check, check_links
+from confidantd.api.checks import check, check_links, check_readiness
 from confidantd.errors import DeviceError, IdentityConflictError
 from confidantd.identity.certificate import Identity
 from confidantd.identity.trust import TrustStore
@@ -127,6 +127,7 @@ class View:
             _check_compiler("compiler" in roles, alive),
             *_check_providers(providers),
             _check_peers(len(self._trust.members()), len(alive)),
+            check_readiness(me.resources),
             *check_links([p for p in peers if p.state == "alive"]),
             _check_coordinator(self._swarm.coordinator() is not None),
         ]
@@ -163,6 +164,8 @@ def _peer(peer: PeerView) -> dict[str, Any]:
         "backends": list(resources.backends) if resources else [],
         "roles": list(resources.roles) if resources else [],
         "power": power,
+        "temperature_celsius": resources.temperature_celsius if resources else None,
+        "refuses": resources.refuses if resources else "",
     }
 
 

@@ -89,9 +89,14 @@ def peers(fields: Mapping[str, Any]) -> RenderableType:
             cell(size(peer.get("available_bytes"))),
             cell(" ".join([*peer["backends"], *peer["roles"]])),
         )
+    said: list[RenderableType] = [
+        Text(f"{plain(peer['name'])} takes no work: {plain(peer['refuses'])}", style="yellow")
+        for peer in fields["peers"]
+        if peer.get("refuses")
+    ]
     if fields.get("conflict"):
-        return Group(made, Text(plain(fields["conflict"]), style="red"))
-    return made
+        said.append(Text(plain(fields["conflict"]), style="red"))
+    return Group(made, *said) if said else made
 
 
 def members(fields: Mapping[str, Any]) -> RenderableType:

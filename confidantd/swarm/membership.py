@@ -21,7 +21,7 @@ from confidantd.swarm.state import PeerState
 from confidantd.wire.codec import from_map, to_map
 from confidantd.wire.links import MAX_LINKS, Link, plausible
 from confidantd.wire.messages import MAX_TERM, Beat, Rank
-from confidantd.wire.resources import Resources
+from confidantd.wire.resources import Resources, believable
 
 _log = logging.getLogger(__name__)
 
@@ -269,6 +269,8 @@ def _checked(beat: Beat) -> Beat:
         raise ProtocolError("it sent a heartbeat with impossible values")
     if not all(map(is_digest, devices)) or not 0 <= beat.echo_held_seconds < 86_400:
         raise ProtocolError("it sent a heartbeat with impossible values")
+    if beat.resources is not None and not believable(beat.resources):
+        raise ProtocolError("it sent a heartbeat with impossible resources")
     if len(beat.links) > MAX_LINKS or not all(map(plausible, beat.links.values())):
         raise ProtocolError("it sent a heartbeat with impossible links")
     if not all(map(is_digest, beat.links)):

@@ -157,9 +157,14 @@ def refusal(failure: ConfidantError) -> Refused:
 
 
 def clean_name(text: str) -> str:
-    """Printable characters only, at most 64: what a stranger calls itself is not trusted."""
-    printable = "".join(c for c in text[: 4 * MAX_NAME_CHARACTERS] if c.isprintable())
-    return " ".join(printable.split())[:MAX_NAME_CHARACTERS]
+    """At most 64 printable characters: what a stranger calls itself is not trusted."""
+    return clean_text(text, MAX_NAME_CHARACTERS)
+
+
+def clean_text(text: str, most: int) -> str:
+    """One line of printable characters, at most so many."""
+    printable = "".join(c for c in text[: 4 * most] if c.isprintable())
+    return " ".join(printable.split())[:most]
 
 
 def _fields(message: Message) -> Mapping[str, Any]:
