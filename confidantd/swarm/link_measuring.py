@@ -52,6 +52,7 @@ class LinkMeasuring:
     def _transferred(self, device: DeviceId, mbps: float) -> None:
         member = self._membership.members.get(device)
         if member is not None:
+            _log.debug("a transfer from %s shows %.3g Mbit/s", short_id(device), mbps)
             self._membership.set_link(device, smoothed(member.mbps, mbps))
 
     def _candidates(self) -> Iterator[Candidate]:
