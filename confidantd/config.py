@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import math
 import os
 import platform
 import re
+import shlex
+import shutil
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -19,6 +22,8 @@ from confidantd.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "CONFIDANT_"
 CONFIG_NAME = "config.toml"
+# Whether other programs on a device keep it from work.
+WhenInUse = Literal["share", "decline"]
 # Whether backends share blocks: where it is faster, always, or never.
 Split = Literal["auto", "always", "never"]
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -35,6 +40,14 @@ class DaemonConfig:
     `memory_bytes` and `threads` cap what jobs may use here; None: what there is.
     `backends` are the execution providers that jobs may use, all that work if there are
     none; `split` says whether they share blocks: where it is faster, always, or never.
+
+    When this device takes work for others: its battery is not below `least_battery_percent`,
+    or it charges; it charges, with `only_when_charging`; no sensor of processor or battery is
+    above `most_celsius` (None: processors slow down by themselves before they suffer) and the
+    battery's not above `most_battery_celsius` (45: chargers cut their current above it, and
+    cells age faster); other programs do not use it, with `when_in_use = "decline"`. Jobs that are
+    started on this device use it in any case. `battery_command` prints what the battery does,
+    as `termux-battery-status` does: for a UPS that the system does not know.
     """
 
     home: Path
@@ -48,6 +61,12 @@ class DaemonConfig:
     backends: tuple[str, ...] = ()
     split: Split = "auto"
     log_level: str = "info"
+    least_battery_percent: float = 20.0
+    only_when_charging: bool = False
+    most_celsius: float | None = None
+    most_battery_celsius: float = 45.0
+    when_in_use: WhenInUse = "share"
+    battery_command: str = ""
 
 
 SETTINGS = tuple(field.name for field in fields(DaemonConfig) if field.name != "home")
@@ -119,7 +138,7 @@ def _require_known(key: str, where: str, known: tuple[str, ...]) -> None:
 
 def _checked(name: str, value: Any) -> Any:
     """The value in its own type; None stays None where a setting may be absent."""
-    if value is None and name in ("port", "threads", "memory_bytes"):
+    if value is None and name in ("port", "threads", "memory_bytes", "most_celsius"):
         return None
     return _CHECKS[name](name, value)
 
@@ -141,9 +160,17 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
 
 
 def _split(name: str, value: Any) -> Split:
-    if value in get_args(Split):
-        return cast("Split", value)
-    raise ConfigError(f"`{name}` cannot be {value!r:.40}", f"known: {', '.join(get_args(Split))}")
+    return cast("Split", _one_of(name, value, get_args(Split)))
+
+
+def _when_in_use(name: str, value: Any) -> WhenInUse:
+    return cast("WhenInUse", _one_of(name, value, get_args(WhenInUse)))
+
+
+def _one_of(name: str, value: Any, known: tuple[str, ...]) -> str:
+    if value in known:
+        return cast("str", value)
+    raise ConfigError(f"`{name}` cannot be {value!r:.40}", f"known: {', '.join(known)}")
 
 
 def _hosts(name: str, value: Any) -> tuple[str, ...]:
@@ -199,6 +226,37 @@ def _memory(name: str, value: Any) -> int:
     return amount
 
 
+def _percent(name: str, value: Any) -> float:
+    return _number(name, value, 0, 100)
+
+
+def _degrees(name: str, value: Any) -> float:
+    return _number(name, value, 1, 150)
+
+
+def _number(name: str, value: Any, least: float, most: float) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not least <= number <= most:
+        raise ConfigError(f"`{name}` must be a number from {least:g} to {most:g}")
+    return number
+
+
+def _command(name: str, value: Any) -> str:
+    """A command line whose program is here, or an empty text for none."""
+    try:
+        words = shlex.split(value) if isinstance(value, str) else None
+    except ValueError:
+        words = None
+    if words is None:
+        raise ConfigError(f"`{name}` must be a command line", "close every quote in it")
+    if words and shutil.which(words[0]) is None:
+        raise ConfigError(f"`{name}`: there is no program {words[0][:60]!r} here", "give its path")
+    return str(value)
+
+
 def _flag(name: str, value: Any) -> bool:
     if isinstance(value, bool):
         return value
@@ -218,6 +276,12 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "backends": _texts,
     "split": _split,
     "log_level": _log_level,
+    "least_battery_percent": _percent,
+    "only_when_charging": _flag,
+    "most_celsius": _degrees,
+    "most_battery_celsius": _degrees,
+    "when_in_use": _when_in_use,
+    "battery_command": _command,
 }
 
 

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -31,8 +32,11 @@ from confidantd.jobs.speeds import SpeedBook, SpeedMeasuring
 from confidantd.jobs.splits import Splits
 from confidantd.jobs.stage_host import StageHost
 from confidantd.net.network import Network
+from confidantd.profile.battery import BatteryCommand, read_battery
 from confidantd.profile.measure import measure_backends
+from confidantd.profile.policy import Policy
 from confidantd.profile.providers import Provider, cpu_gflops, present_names
+from confidantd.profile.readiness import Readiness
 from confidantd.profile.resources import read_resources, roles, usable_cores
 from confidantd.service_manager import notify_ready, notify_stopping
 from confidantd.store.blobs import BlobStore
@@ -56,6 +60,9 @@ class Daemon:
         home = config.home
         self._threads = config.threads or usable_cores()
         self._providers: tuple[Provider, ...] = ()  # until they are probed
+        command = shlex.split(config.battery_command)
+        battery = BatteryCommand(command) if command else None
+        self._readiness = Readiness(Policy.of(config), lambda: read_battery(battery))
         self._granted = asyncio.Event()  # what is granted to jobs has changed
         self._identity = load_or_create(home)
         self._trust = TrustStore(home)
@@ -80,7 +87,7 @@ class Daemon:
             home,
             config.hosts,
             self._threads,
-            lambda: self._resources().available_bytes,
+            self._resources,
             self._host_of,
             self._granted.set,
             self._coordinator_id,
@@ -157,7 +164,7 @@ class Daemon:
             if provider.name in wanted and not provider.present:
                 reason = f"{provider.problem}. {provider.hint}".rstrip(". ")
                 _log.warning("jobs run without the backend %s: %s", provider.name, reason)
-        self._swarm.set_resources(self._resources())
+        self._swarm.set_resources(await asyncio.to_thread(self._resources))
 
     async def _keep_resources(self) -> None:
         while True:
@@ -177,6 +184,8 @@ class Daemon:
             threads=self._threads,
             gflops=cpu_gflops(self._providers),
             backends=present_names(self._used_providers()),
+            bandwidth_mbps=self._swarm.fastest_link_mbps(),
+            condition=self._readiness.look(),
         )
 
     def _used_providers(self) -> tuple[Provider, ...]:
@@ -285,9 +294,28 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--split", metavar="WHEN", help="share blocks between providers: auto, always or never"
     )
+    _add_policy(parser)
     parser.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error")
     parser.add_argument("--version", action="version", version=confidantd.__version__)
     return parser
+
+
+def _add_policy(parser: argparse.ArgumentParser) -> None:
+    """When this device takes work for others."""
+    parser.add_argument(
+        "--least-battery-percent", metavar="N", help="take no work below it, unless charging (20)"
+    )
+    parser.add_argument("--only-when-charging", action="store_true", help="take no work on battery")
+    parser.add_argument("--most-celsius", metavar="N", help="take no work when hotter (no limit)")
+    parser.add_argument(
+        "--most-battery-celsius", metavar="N", help="the same for the battery alone (45)"
+    )
+    parser.add_argument(
+        "--when-in-use", metavar="WHAT", help="share with other programs, or decline work (share)"
+    )
+    parser.add_argument(
+        "--battery-command", metavar="COMMAND", help="prints a battery as termux-battery-status"
+    )
 
 
 def _flags(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -303,6 +331,12 @@ def _flags(arguments: argparse.Namespace) -> dict[str, Any]:
         "backends": tuple(arguments.backend or ()),
         "split": arguments.split,
         "log_level": arguments.log_level,
+        "least_battery_percent": arguments.least_battery_percent,
+        "only_when_charging": True if arguments.only_when_charging else None,
+        "most_celsius": arguments.most_celsius,
+        "most_battery_celsius": arguments.most_battery_celsius,
+        "when_in_use": arguments.when_in_use,
+        "battery_command": arguments.battery_command,
     }
 
 

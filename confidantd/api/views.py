@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import confidantd
+from confidantd.api.checks import check, check_links, check_readiness
 from confidantd.errors import DeviceError, IdentityConflictError
 from confidantd.identity.certificate import Identity
 from confidantd.identity.trust import TrustStore
@@ -118,13 +119,16 @@ class View:
         me = self._self_view()
         roles = me.resources.roles if me.resources else ()
         providers = self._providers()
-        alive = [p for p in self._swarm.peers() if p.state == "alive" and not p.is_self]
+        peers = self._swarm.peers()
+        alive = [p for p in peers if p.state == "alive" and not p.is_self]
         checks = [
             _check_identity(self._swarm.conflict()),
             _check_onnxruntime(),
             _check_compiler("compiler" in roles, alive),
             *_check_providers(providers),
             _check_peers(len(self._trust.members()), len(alive)),
+            check_readiness(me.resources),
+            *check_links([p for p in peers if p.state == "alive"]),
             _check_coordinator(self._swarm.coordinator() is not None),
         ]
         return {"checks": checks, "providers": [provider.to_json() for provider in providers]}
@@ -153,25 +157,23 @@ def _peer(peer: PeerView) -> dict[str, Any]:
         "state": peer.state,
         "address": peer.address,
         "round_trip_ms": peer.round_trip_ms,
-        "bandwidth_mbps": resources.bandwidth_mbps if resources else None,
+        "bandwidth_mbps": None if peer.bandwidth_mbps is None else round(peer.bandwidth_mbps, 2),
         "memory_bytes": resources.memory_bytes if resources else None,
         "available_bytes": resources.available_bytes if resources else None,
         "gflops": resources.gflops if resources else None,
         "backends": list(resources.backends) if resources else [],
         "roles": list(resources.roles) if resources else [],
         "power": power,
+        "temperature_celsius": resources.temperature_celsius if resources else None,
+        "refuses": resources.refuses if resources else "",
     }
-
-
-def _check(name: str, state: str, message: str, hint: str = "") -> dict[str, str]:
-    return {"name": name, "state": state, "message": message, "hint": hint}
 
 
 def _check_identity(conflict: str | None) -> dict[str, str]:
     if conflict is None:
-        return _check("identity", "ok", "no other device uses this one's identity")
+        return check("identity", "ok", "no other device uses this one's identity")
     failure = IdentityConflictError(conflict)
-    return _check("identity", "fail", failure.message, failure.hint)
+    return check("identity", "fail", failure.message, failure.hint)
 
 
 def _check_onnxruntime() -> dict[str, str]:
@@ -181,25 +183,25 @@ def _check_onnxruntime() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
     if not found:
         message = "not installed: this device cannot hold a stage"
-        return _check("onnxruntime", "fail", message, "pip install onnxruntime")
+        return check("onnxruntime", "fail", message, "pip install onnxruntime")
     listed = " and ".join(f"version {version} ({package})" for package, version in found.items())
     if len(found) == 1:
-        return _check("onnxruntime", "ok", listed)
+        return check("onnxruntime", "ok", listed)
     wanted = next(package for package in found if package != ONNXRUNTIME_BUILDS[0])
     hint = (
         f"pip uninstall {' '.join(found)}, then pip install --no-deps {wanted} "
         f"(or {ONNXRUNTIME_BUILDS[0]})"
     )
-    return _check("onnxruntime", "warn", f"{listed} overwrite each other", hint)
+    return check("onnxruntime", "warn", f"{listed} overwrite each other", hint)
 
 
 def _check_compiler(here: bool, alive: list[PeerView]) -> dict[str, str]:
     if here:
-        return _check("compiler", "ok", "this device can compile programs")
+        return check("compiler", "ok", "this device can compile programs")
     able = [p.name for p in alive if p.resources and "compiler" in p.resources.roles]
     if able:
-        return _check("compiler", "ok", f"{able[0]} compiles for this device")
-    return _check(
+        return check("compiler", "ok", f"{able[0]} compiles for this device")
+    return check(
         "compiler",
         "warn",
         "no device that is alive can compile programs",
@@ -210,7 +212,7 @@ def _check_compiler(here: bool, alive: list[PeerView]) -> dict[str, str]:
 def _check_providers(providers: tuple[Provider, ...]) -> list[dict[str, str]]:
     """One line each: those that compute first, then what is broken, then what could be added."""
     if not providers:
-        return [_check("provider cpu", "warn", "it is not measured yet", "wait a few seconds")]
+        return [check("provider cpu", "warn", "it is not measured yet", "wait a few seconds")]
     ranked = sorted(providers, key=lambda p: (not p.present, not p.broken))
     return [_check_provider(provider) for provider in ranked]
 
@@ -219,15 +221,15 @@ def _check_provider(provider: Provider) -> dict[str, str]:
     name = f"provider {provider.name}"
     if not provider.present:
         state = "warn" if provider.broken else "none"
-        return _check(name, state, provider.problem, provider.hint)
+        return check(name, state, provider.problem, provider.hint)
     device = provider.devices[0].name if provider.devices else "unnamed device"
     speed = f"{provider.gflops or 0:.3g} GFLOP/s (float32 matrix product)"
-    return _check(name, "ok", f"{device}, {speed}, version {provider.version}")
+    return check(name, "ok", f"{device}, {speed}, version {provider.version}")
 
 
 def _check_peers(members: int, alive: int) -> dict[str, str]:
     if not members:
-        return _check(
+        return check(
             "peers",
             "warn",
             "this device is paired with no other",
@@ -235,10 +237,10 @@ def _check_peers(members: int, alive: int) -> dict[str, str]:
         )
     state = "ok" if alive else "warn"
     hint = "" if alive else "start confidantd there, or give its address with --peer HOST:PORT"
-    return _check("peers", state, f"{alive} of {members} paired devices are alive", hint)
+    return check("peers", state, f"{alive} of {members} paired devices are alive", hint)
 
 
 def _check_coordinator(there: bool) -> dict[str, str]:
     if there:
-        return _check("coordinator", "ok", "elected")
-    return _check("coordinator", "warn", "none yet", "an election takes a few seconds")
+        return check("coordinator", "ok", "elected")
+    return check("coordinator", "warn", "none yet", "an election takes a few seconds")

@@ -74,24 +74,29 @@ def status(fields: Mapping[str, Any]) -> RenderableType:
 def peers(fields: Mapping[str, Any]) -> RenderableType:
     """`confidant peers`."""
     made = table(
-        "name", "id", "state", "address", "rtt", "memory", "can",
-        right=("rtt", "memory"),
+        "name", "state", "address", "rtt", "Mbit/s", "memory", "can",
+        right=("rtt", "Mbit/s", "memory"),
     )  # fmt: skip
     made.padding = (0, 0)  # one space between columns, so that names and addresses both fit
     for peer in fields["peers"]:
-        trip = peer["round_trip_ms"]
+        trip, mbps = peer["round_trip_ms"], peer.get("bandwidth_mbps")
         made.add_row(
             cell(peer["name"] + (" (this)" if peer.get("self") else ""), cut=True),
-            cell(peer.get("short_id", peer["id"])[:9]),
             cell(peer["state"], STATE_STYLES.get(peer["state"], "")),
             cell(peer["address"]),
             cell("-" if trip is None else f"{trip:.3g} ms"),
+            cell("-" if mbps is None else f"{mbps:.3g}" if mbps < 1000 else f"{mbps:.0f}"),
             cell(size(peer.get("available_bytes"))),
             cell(" ".join([*peer["backends"], *peer["roles"]])),
         )
+    said: list[RenderableType] = [
+        Text(f"{plain(peer['name'])} takes no work: {plain(peer['refuses'])}", style="yellow")
+        for peer in fields["peers"]
+        if peer.get("refuses")
+    ]
     if fields.get("conflict"):
-        return Group(made, Text(plain(fields["conflict"]), style="red"))
-    return made
+        said.append(Text(plain(fields["conflict"]), style="red"))
+    return Group(made, *said) if said else made
 
 
 def members(fields: Mapping[str, Any]) -> RenderableType:

@@ -18,16 +18,19 @@ from confidantd.ids import DeviceId
 from confidantd.jobs.peers import Peers
 from confidantd.jobs.plan_inputs import (
     cannot,
+    exempt_from_policy,
     kept_layers,
     kept_seconds,
     plan_devices,
     plan_workload,
     program_request,
+    refusing,
+    takes_no_part,
     with_current,
 )
 from confidantd.jobs.services import SwarmView
 from confidantd.planner.costs import PlanDevice
-from confidantd.planner.plan import Plan, StagePlan, make_plan
+from confidantd.planner.plan import LeftOut, Plan, StagePlan, make_plan
 from confidantd.planner.replan import standstill_seconds
 from confidantd.planner.speeds import valid
 from confidantd.swarm.state import CoordinatorView
@@ -42,10 +45,12 @@ from confidantd.wire.jobs import (
     SpeedsQuestion,
     StopStage,
 )
+from confidantd.wire.messages import clean_text
+from confidantd.wire.resources import MAX_REASON_CHARACTERS
 
 OFFER_SECONDS = 10.0
 SPEEDS_SECONDS = 5.0  # a device reads a small file
-MAX_ROUNDS = 5  # each round learns at least one device's true memory
+MAX_ROUNDS = 5  # each round learns at least one device's true memory, or loses one
 
 
 class Coordinator:
@@ -67,18 +72,19 @@ class Coordinator:
     async def _plan(self, owner: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
         self._term()
         request = from_map(PlanRequest, params)
-        devices = await self._devices(request)
-        plan = await self._make(request, devices, owner, explain=True)
+        devices = await self._devices(request, owner)
+        plan = await self._make(request, devices, owner, (), explain=True)
         return to_map(await self._with_backends(request, plan))
 
     async def _negotiate(self, owner: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
         request = from_map(PlanRequest, params)
         async with self._one_at_a_time:
-            devices = await self._devices(request)
+            devices = await self._devices(request, owner)
+            dropped: tuple[LeftOut, ...] = ()
             asked: set[DeviceId] = set()
             for _ in range(MAX_ROUNDS):
                 try:
-                    plan = await self._make(request, devices, owner)
+                    plan = await self._make(request, devices, owner, dropped)
                 except ConfidantError:
                     await self._withdraw(request, asked)
                     raise
@@ -87,14 +93,16 @@ class Coordinator:
                 if not declined:
                     await self._withdraw(request, asked - {s.device for s in plan.stages})
                     return to_map(await self._with_backends(request, plan))
+                dropped += _dropped(devices, declined)
                 devices = _with_answers(devices, declined)
             await self._withdraw(request, asked)
         reasons = "; ".join(f"{d[:8]}: {answer.reason}" for d, answer in declined.items())
         raise DeclinedError(f"the devices declined every plan ({reasons})", "try again in a minute")
 
-    async def _devices(self, request: PlanRequest) -> list[PlanDevice]:
+    async def _devices(self, request: PlanRequest, owner: DeviceId) -> list[PlanDevice]:
         """Those that may hold a stage, with what they know of their speed."""
-        found = plan_devices(self._swarm.peers(), request.devices)
+        exempt = exempt_from_policy(request, owner)
+        found = plan_devices(self._swarm.peers(), request.devices, exempt)
         devices = [with_current(d, request) for d in found if d.id not in request.without]
         question = to_map(SpeedsQuestion(program_request(request)))
         return list(await asyncio.gather(*(self._with_speeds(d, question) for d in devices)))
@@ -114,9 +122,13 @@ class Coordinator:
         request: PlanRequest,
         devices: list[PlanDevice],
         owner: DeviceId,
+        dropped: tuple[LeftOut, ...],
         *,
         explain: bool = False,
     ) -> Plan:
+        """A plan over the devices; `dropped` are those that it turned out to be without."""
+        if request.devices and dropped:
+            raise takes_no_part(dropped[0].name, dropped[0].reason)
         if not devices:
             raise DeviceError("no device of the swarm is alive", "see `confidant peers`")
         work = plan_workload(request)
@@ -129,7 +141,11 @@ class Coordinator:
             layers=request.layers,
             explain=explain,
         )
-        left_out = (*plan.left_out, *cannot(request, self._swarm.peers()))
+        peers, exempt = self._swarm.peers(), exempt_from_policy(request, owner)
+        others = (*cannot(request, peers), *refusing(peers, request.devices, exempt), *dropped)
+        asked = {device.id for device in devices}
+        absent = {other.device: other for other in others if other.device not in asked}
+        left_out = (*plan.left_out, *absent.values())
         kept = kept_seconds(work, devices, request.current)
         waits = standstill_seconds(work, devices, kept_layers(request.current, plan))
         return replace(plan, left_out=left_out, kept_seconds=kept, standstill_seconds=waits)
@@ -193,7 +209,7 @@ class Coordinator:
         except ProtocolError:
             raise
         except ConfidantError as failure:  # it left, or refuses: plan without it
-            return OfferAnswer(accepted=False, available_bytes=0, reason=failure.message)
+            return OfferAnswer(False, 0, failure.message, refuses=True)
 
     def _term(self) -> int:
         current = self._current()
@@ -220,10 +236,24 @@ def _offer_of(request: PlanRequest, plan: Plan, index: int, owner: DeviceId, ter
 def _with_answers(
     devices: list[PlanDevice], declined: dict[DeviceId, OfferAnswer]
 ) -> list[PlanDevice]:
-    """The devices, with the memory that the decliners said they have."""
+    """The devices, with the memory that the decliners said they have; without those that take
+    no part at all.
+    """
     return [
         replace(device, available_bytes=declined[device.id].available_bytes)
         if device.id in declined
         else device
         for device in devices
+        if device.id not in declined or not declined[device.id].refuses
     ]
+
+
+def _dropped(
+    devices: list[PlanDevice], declined: dict[DeviceId, OfferAnswer]
+) -> tuple[LeftOut, ...]:
+    """The devices that take no part any more, with their reasons."""
+    return tuple(
+        LeftOut(d.id, d.name, clean_text(declined[d.id].reason, MAX_REASON_CHARACTERS))
+        for d in devices
+        if d.id in declined and declined[d.id].refuses
+    )

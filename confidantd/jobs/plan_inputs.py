@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from confidantd.errors import DeviceError
@@ -22,18 +22,47 @@ from confidantd.planner.plan import LeftOut, Plan, seconds_of
 from confidantd.planner.workload import Workload
 from confidantd.swarm.state import PeerView
 from confidantd.wire.jobs import CurrentStage, PlanRequest
+from confidantd.wire.messages import clean_text
+from confidantd.wire.resources import MAX_REASON_CHARACTERS
 from confidantd.wire.stage import StageAssignment
 
 
-def plan_devices(peers: Sequence[PeerView], wanted: tuple[str, ...]) -> list[PlanDevice]:
-    """The devices that may hold a stage: those named, or all that are alive.
+def plan_devices(
+    peers: Sequence[PeerView], wanted: tuple[str, ...], exempt: Collection[DeviceId]
+) -> list[PlanDevice]:
+    """The devices that may hold a stage: those named, or all that are alive and take work.
 
-    `DeviceError` names the first wanted device that is unknown or not there.
+    Of `exempt` ones nobody asks whether they take work. `DeviceError` names the first wanted
+    device that is unknown, not there, or takes none.
     """
-    alive = [peer for peer in peers if peer.is_self or peer.state == "alive"]
     if not wanted:
-        return [_device(peer) for peer in alive if peer.resources is not None]
-    return [_device(_find(name, peers)) for name in dict.fromkeys(wanted)]
+        return [_device(peer) for peer in _alive(peers) if not _refuses(peer, exempt)]
+    return [_device(_find(name, peers, exempt)) for name in dict.fromkeys(wanted)]
+
+
+def exempt_from_policy(request: PlanRequest, owner: DeviceId) -> set[DeviceId]:
+    """Devices whose policy does not count for a job: it is about new work for others. Whoever
+    starts a job on a device wants it there, and a stage that runs is not new.
+    """
+    return {owner, *(stage.device for stage in request.current)}
+
+
+def refusing(
+    peers: Sequence[PeerView], wanted: tuple[str, ...], exempt: Collection[DeviceId]
+) -> tuple[LeftOut, ...]:
+    """The devices that `plan_devices` leaves out of an open choice, and why."""
+    if wanted:
+        return ()
+    found = [(peer, _refuses(peer, exempt)) for peer in _alive(peers)]
+    return tuple(LeftOut(peer.id, peer.name, reason) for peer, reason in found if reason)
+
+
+def takes_no_part(name: str, reason: str) -> DeviceError:
+    """The error about a device that was asked for by name."""
+    return DeviceError(
+        f"{name[:64]} takes no part now: {reason}",
+        "see `confidant doctor` there, or leave it out of --devices",
+    )
 
 
 def with_current(device: PlanDevice, request: PlanRequest) -> PlanDevice:
@@ -138,13 +167,28 @@ def _saved_floats(request: PlanRequest) -> int:
     return saved_floats(request.model, request.lora, rows, request.sequence_length)
 
 
-def _find(name: str, peers: Sequence[PeerView]) -> PeerView:
+def _alive(peers: Sequence[PeerView]) -> list[PeerView]:
+    """Those that are there and have said what they have."""
+    alive = [peer for peer in peers if peer.is_self or peer.state == "alive"]
+    return [peer for peer in alive if peer.resources is not None]
+
+
+def _refuses(peer: PeerView, exempt: Collection[DeviceId]) -> str:
+    """Why a device takes no work; empty if it does."""
+    if peer.resources is None or peer.id in exempt:
+        return ""
+    return clean_text(peer.resources.refuses, MAX_REASON_CHARACTERS)
+
+
+def _find(name: str, peers: Sequence[PeerView], exempt: Collection[DeviceId]) -> PeerView:
     for peer in peers:
         if name in (peer.name, peer.id, short_id(peer.id)) and peer.state != "unpaired":
             if not peer.is_self and peer.state != "alive":
                 raise DeviceError(f"{name} is {peer.state}", "start confidantd there")
             if peer.resources is None:
                 raise DeviceError(f"{name} has not said yet what it has", "try again in a second")
+            if reason := _refuses(peer, exempt):
+                raise takes_no_part(peer.name, reason)
             return peer
     raise DeviceError(f"there is no device {name[:64]} in the swarm", "see `confidant peers`")
 
@@ -161,4 +205,5 @@ def _device(peer: PeerView) -> PlanDevice:
         bandwidth_mbps=resources.bandwidth_mbps,
         round_trip_seconds=None if trip is None else trip / 1000,
         backends=resources.backends or ("cpu",),
+        links=peer.links,
     )

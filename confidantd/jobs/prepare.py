@@ -18,6 +18,7 @@ from confidantd.models.programs import program_names, worth_splitting
 from confidantd.models.safetensors import TensorLocation
 from confidantd.models.stage_parts import stage_parts
 from confidantd.planner.costs import PlanDevice
+from confidantd.swarm.state import PeerView
 from confidantd.wire.codec import from_map, to_map
 from confidantd.wire.jobs import Measure, SpeedsAnswer
 from confidantd.wire.stage import ProgramEntry, TensorEntry
@@ -67,7 +68,7 @@ async def measure_devices(
     request = workload.program_request()
     if not worth_splitting(request):
         return
-    wanted = plan_devices(services.swarm.peers(), devices)
+    wanted = plan_devices(services.swarm.peers(), devices, {services.self_id})
     names = set(program_names(request))
     own = {name: entry for name, entry in programs.items() if name in names}
     message = to_map(Measure(request, own, services.self_id))
@@ -94,7 +95,10 @@ async def measure_devices(
 
 
 def compilers(swarm: SwarmView) -> list[DeviceId]:
-    """Other devices that are alive and can compile, the fastest first."""
+    """Other devices that are alive and can compile: those that take work, then the fastest first.
+
+    One that takes none is asked last: programs are compiled once, and without them nothing runs.
+    """
     able = [
         peer
         for peer in swarm.peers()
@@ -103,8 +107,12 @@ def compilers(swarm: SwarmView) -> list[DeviceId]:
         and peer.resources is not None
         and "compiler" in peer.resources.roles
     ]
-    able.sort(key=lambda peer: -(peer.resources.gflops if peer.resources else 0.0))
-    return [peer.id for peer in able]
+
+    def place(peer: PeerView) -> tuple[bool, float]:
+        assert peer.resources is not None
+        return bool(peer.resources.refuses), -peer.resources.gflops
+
+    return [peer.id for peer in sorted(able, key=place)]
 
 
 async def _index(

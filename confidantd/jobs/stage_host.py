@@ -34,6 +34,7 @@ from confidantd.wire.jobs import (
     StageStarted,
     StopStage,
 )
+from confidantd.wire.resources import Resources
 from confidantd.wire.stage import StageAssignment
 from confidantd.wire.worker import (
     BlobRange,
@@ -103,7 +104,7 @@ class StageHost:
         home: Path,
         hosts: tuple[str, ...],
         threads: int,
-        available_bytes: Callable[[], int],
+        resources: Callable[[], Resources],
         address_of: Callable[[DeviceId], str | None],
         granted: Callable[[], None],
         coordinator: Callable[[], DeviceId | None],
@@ -116,7 +117,7 @@ class StageHost:
         self._home = home
         self._hosts = hosts
         self._threads = threads
-        self._available_bytes = available_bytes
+        self._resources = resources
         self._address_of = address_of
         self._grants_changed = granted
         self._coordinator = coordinator
@@ -166,14 +167,16 @@ class StageHost:
         if not is_job_id(offer.job):
             raise ProtocolError("an offer has no proper job id")
         if coordinator != self._coordinator():
-            return to_map(OfferAnswer(False, 0, "it follows another coordinator"))
+            return to_map(OfferAnswer(False, 0, "it follows another coordinator", refuses=True))
         if offer.epoch < self._epochs.get(offer.job, 0):
             raise StaleEpochError(f"job {offer.job} is already in a later epoch here")
         async with self._deciding:
             return to_map(await self._decide(offer, coordinator))
 
     async def _decide(self, offer: Offer, coordinator: DeviceId) -> OfferAnswer:
-        """Grant the memory, or decline with what there is; a newer epoch replaces an older one."""
+        """Grant the memory, or decline with what there is, or why this device takes no new work
+        for others now; a newer epoch replaces an older one.
+        """
         held = self._held.get(offer.job)
         running = held is not None and held.process is not None
         if held is not None and running:
@@ -181,8 +184,10 @@ class StageHost:
                 raise StaleEpochError(f"job {offer.job} already runs here in epoch {offer.epoch}")
             if offer.owner != held.offer.owner:
                 raise ProtocolError(f"job {offer.job} belongs to another device")
-        available_bytes = await asyncio.to_thread(self._available_bytes)
-        free = available_bytes + (held.memory_bytes if held else 0)
+        resources = await asyncio.to_thread(self._resources)
+        free = resources.available_bytes + (held.memory_bytes if held else 0)
+        if resources.refuses and offer.owner != self._peers.self_id and not running:
+            return OfferAnswer(False, free, resources.refuses, refuses=True)
         if offer.memory_bytes > free:
             return OfferAnswer(False, free, "not enough memory is available now")
         self._epochs[offer.job] = offer.epoch

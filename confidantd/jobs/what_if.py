@@ -10,14 +10,19 @@ memory = "2G"            # what jobs may use
 gflops = 12              # float32 products, as `confidant doctor` measures them
 mbps = 20
 owner = true             # has the data; the first device if none says so
+
+[[link]]                 # one pair that differs; what it does not say is that of the radios
+between = ["phone-1", "phone-3"]
+mbps = 5
+round_trip_ms = 40
 """
 
 from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +33,14 @@ from confidantd.jobs.plan_inputs import plan_workload
 from confidantd.planner.costs import PlanDevice
 from confidantd.planner.plan import Plan, make_plan
 from confidantd.wire.jobs import PlanRequest
+from confidantd.wire.links import Link
 
 MOST_DEVICES = 512
 LISTED = 8  # names in a hint
 MOST_BYTES = 1024 * 1024  # of the file
 MAX_NAME_CHARACTERS = 64
-_FLEET = {"mbps", "round_trip_ms", "device"}
+_FLEET = {"mbps", "round_trip_ms", "device", "link"}
+_LINK = {"between", "mbps", "round_trip_ms"}
 _DEVICE = {"name", "count", "memory", "gflops", "mbps", "round_trip_ms", "owner"}
 _EXAMPLE = 'write [[device]] with name = "phone", memory = "2G" and gflops = 12'
 
@@ -52,10 +59,8 @@ class Fleet:
         by_name = {device.name: device for device in self.devices}
         for name in names:
             if name not in by_name:
-                some = ", ".join(list(by_name)[:LISTED])
-                more = ", ..." if len(by_name) > LISTED else ""
                 message = f"there is no device {name[:64]} in the what-if file"
-                raise DeviceError(message, f"it has {some}{more}")
+                raise DeviceError(message, f"it has {_some(by_name)}")
         chosen = tuple(by_name[name] for name in dict.fromkeys(names))
         owner = self.owner if any(d.id == self.owner for d in chosen) else chosen[0].id
         return Fleet(chosen, owner)
@@ -120,7 +125,8 @@ def fleet_from(fields: Mapping[str, Any]) -> Fleet:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise _WrongError(f"two devices have the same name, {twice}")
-    return Fleet(tuple(devices), owners[0] if owners else devices[0].id)
+    linked = _linked(devices, fields.get("link", []))
+    return Fleet(linked, owners[0] if owners else devices[0].id)
 
 
 def _devices(index: int, entry: Mapping[str, Any]) -> Iterator[PlanDevice]:
@@ -151,6 +157,46 @@ def _devices(index: int, entry: Mapping[str, Any]) -> Iterator[PlanDevice]:
             bandwidth_mbps=_positive(f"device {name}", entry, "mbps"),
             round_trip_seconds=None if trip is None else trip / 1000,
         )
+
+
+def _linked(devices: list[PlanDevice], entries: Any) -> tuple[PlanDevice, ...]:
+    """The devices with the links that single pairs have."""
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise _WrongError("write [[link]], not a value")
+    by_name = {device.name: device for device in devices}
+    found: dict[DeviceId, dict[DeviceId, Link]] = {}
+    for index, entry in enumerate(entries, 1):
+        _check_keys(f"link {index}", entry, _LINK)
+        first, second = _ends(index, entry, by_name)
+        where = f"the link between {first.name} and {second.name}"
+        if second.id in found.get(first.id, {}) or first.id in found.get(second.id, {}):
+            raise _WrongError(f"{where} is there twice")
+        link = Link(_positive(where, entry, "mbps"), _positive(where, entry, "round_trip_ms"))
+        if link == Link():
+            raise _WrongError(f"{where} has neither mbps nor round_trip_ms")
+        found.setdefault(first.id, {})[second.id] = link
+    return tuple(replace(device, links=found.get(device.id, {})) for device in devices)
+
+
+def _ends(
+    index: int, entry: Mapping[str, Any], by_name: Mapping[str, PlanDevice]
+) -> tuple[PlanDevice, PlanDevice]:
+    names = entry.get("between")
+    if not isinstance(names, list) or len(names) != 2:
+        raise _WrongError(f'link {index} has no between = ["one device", "another"]')
+    for name in names:
+        if not isinstance(name, str) or name not in by_name:
+            said = f"link {index}: there is no device {str(name)[:40]!r}"
+            raise _WrongError(f"{said}; the file has {_some(by_name)}")
+    if names[0] == names[1]:
+        raise _WrongError(f"link {index} is between {names[0]} and itself")
+    return by_name[names[0]], by_name[names[1]]
+
+
+def _some(names: Iterable[str]) -> str:
+    """A list for a hint."""
+    found = list(names)
+    return ", ".join(found[:LISTED]) + (", ..." if len(found) > LISTED else "")
 
 
 def _positive(where: str, entry: Mapping[str, Any], key: str) -> float | None:

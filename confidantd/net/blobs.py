@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import ssl
+from collections import Counter
 from pathlib import Path
 from typing import Protocol
 
@@ -12,13 +13,15 @@ import aiohttp
 from aiohttp import web
 
 from confidantd.errors import PeerLostError, StorageError
-from confidantd.ids import Digest, is_digest
+from confidantd.ids import DeviceId, Digest, is_digest
 from confidantd.net.dialer import bracketed, translated
 
 BLOB_PATH = "/v1/blobs"
 MAX_RANGE_BYTES = 4 * 1024 * 1024
 READ_SECONDS = 60.0  # 4 MiB at 0.6 Mbit/s
 _CHUNK_BYTES = 512 * 1024  # what a response holds in memory
+# Says that the sender served another device when this response began: its time is no link's.
+SHARED_HEADER = "Confidant-Shared"
 _RANGE = re.compile(r"bytes=(\d{1,18})-(\d{1,18})?")
 
 
@@ -47,9 +50,15 @@ class BlobServer:
 
     def __init__(self, source: BlobSource) -> None:
         self._source = source
+        self._served: Counter[DeviceId] = Counter()
 
-    async def handle(self, request: web.Request) -> web.StreamResponse:
-        """The aiohttp handler of `GET /v1/blobs/{digest}`."""
+    @property
+    def running(self) -> bool:
+        """Whether any response is under way."""
+        return bool(self._served)
+
+    async def handle(self, request: web.Request, device: DeviceId) -> web.StreamResponse:
+        """The aiohttp handler of `GET /v1/blobs/{digest}`, asked by `device`."""
         digest = request.match_info["digest"]
         found = None
         if is_digest(digest):
@@ -60,14 +69,26 @@ class BlobServer:
         part = byte_range(request.headers.get("Range"), length)
         if part is None:
             raise web.HTTPRequestRangeNotSatisfiable
-        return await _send(request, path, offset, part, length)
+        response = web.StreamResponse(status=206 if "Range" in request.headers else 200)
+        self._served[device] += 1
+        if len(self._served) > 1:
+            response.headers[SHARED_HEADER] = "1"
+        try:
+            return await _send(request, response, path, offset, part, length)
+        finally:
+            self._served[device] -= 1
+            self._served += Counter()  # drops who is served no longer
 
 
 async def _send(
-    request: web.Request, path: Path, offset: int, part: tuple[int, int], length: int
+    request: web.Request,
+    response: web.StreamResponse,
+    path: Path,
+    offset: int,
+    part: tuple[int, int],
+    length: int,
 ) -> web.StreamResponse:
     first, past_last = part
-    response = web.StreamResponse(status=206 if "Range" in request.headers else 200)
     response.content_type = "application/octet-stream"
     response.content_length = past_last - first
     response.headers["Content-Range"] = f"bytes {first}-{past_last - 1}/{length}"
@@ -108,8 +129,9 @@ async def read_range(
     *,
     offset: int,
     length: int,
-) -> bytes:
-    """`length` bytes (at most 4 MiB) of a blob from the device at `address`.
+) -> tuple[bytes, bool]:
+    """`length` bytes (at most 4 MiB) of a blob from the device at `address`, and whether it
+    served another device at the same time.
 
     `StorageError` if the device lacks the blob, `PeerLostError` if it does not answer.
     """
@@ -125,9 +147,10 @@ async def read_range(
     ):
         if response.status != 206:
             raise StorageError(f"{where} does not have the data {digest[:12]} (any more)")
+        shared = SHARED_HEADER in response.headers
         data = await response.content.read(length + 1)
         while len(data) <= length and not response.content.at_eof():
             data += await response.content.read(length + 1 - len(data))
     if len(data) != length:
         raise PeerLostError(f"{where} sent {len(data)} bytes instead of {length}")
-    return data
+    return data, shared

@@ -37,6 +37,8 @@ from confidantd.net.dialer import (
 )
 from confidantd.net.duplicates import Origin
 from confidantd.net.greeting import device_of, greet_back, greet_first
+from confidantd.net.link_probe import LINK_PATH, LinkProbe
+from confidantd.net.link_timing import TransferTiming
 from confidantd.net.listen import bound_port, open_listeners
 from confidantd.tasks import TaskSet
 from confidantd.wire.codec import MAX_MESSAGE_BYTES
@@ -45,6 +47,7 @@ from confidantd.wire.messages import MAX_ADDRESSES, PROTOCOL_VERSION, Hello, cle
 _log = logging.getLogger(__name__)
 
 ConflictListener = Callable[[str], None]
+TransferListener = Callable[[DeviceId, float], None]
 MAX_HEADER_BYTES = 8_190
 SHUTDOWN_SECONDS = 1.0
 LOOP_TURNS_TO_CLOSE = 3  # an aborted TLS transport closes its socket in the loop's next turns
@@ -78,6 +81,9 @@ class Network:
         self._trust = trust
         self._contexts = Contexts(identity.home, trust)
         self._blobs = BlobServer(blobs)
+        self._transfers = TransferTiming()
+        self._transferred: list[TransferListener] = []
+        self._probe = LinkProbe(lambda: self._blobs.running or self._transfers.running)
         self._requests: dict[str, RequestHandler] = {}
         self._notifications: dict[str, NotifyHandler] = {}
         self._connections = Connections()
@@ -138,6 +144,10 @@ class Network:
         """Call when two daemons use one peer's identity: with its id, now connected, and the
         address of the other one."""
         self._connections.twins.append(listener)
+
+    def on_transfer(self, listener: TransferListener) -> None:
+        """Call with a device and the Mbit/s at which a lot of data came from it."""
+        self._transferred.append(listener)
 
     def connected(self) -> set[DeviceId]:
         """The devices with an open connection."""
@@ -213,24 +223,52 @@ class Network:
 
     async def read_blob(self, device: DeviceId, digest: Digest, offset: int, length: int) -> bytes:
         """`length` bytes (at most 4 MiB) of a blob that a connected device has."""
-        address = self.address(device)
-        if address is None:
-            raise PeerLostError(f"the device {short_id(device)} is not connected")
+        address = self._require_address(device)
         context = await self._contexts.to(device)
-        session = self._require_session()
-        return await read_range(session, context, address, digest, offset=offset, length=length)
+        session, clock = self._require_session(), asyncio.get_running_loop().time
+        data, alone = b"", False
+        self._transfers.began(device, clock())
+        try:
+            data, shared = await read_range(
+                session, context, address, digest, offset=offset, length=length
+            )
+            alone = not shared
+        finally:
+            mbps = self._transfers.ended(device, len(data), clock(), alone=alone)
+        if mbps is not None:
+            for listener in self._transferred:
+                listener(device, mbps)
+        return data
+
+    async def measure_link(self, device: DeviceId) -> float:
+        """Mbit/s from a connected device to this one, by a transfer of a second or so.
+
+        `PeerLostError` if it cannot be told now: either of the two transfers something else.
+        """
+        address = self._require_address(device)
+        context = await self._contexts.to(device)
+        return await self._probe.measure(self._require_session(), context, address)
 
     def _application(self) -> web.Application:
         app = web.Application(handler_args={"max_field_size": MAX_HEADER_BYTES})
         app.router.add_get(CONTROL_PATH, self._control)
         app.router.add_get(BLOB_PATH + "/{digest}", self._blob)
+        app.router.add_get(LINK_PATH, self._link)
         return app
 
     async def _blob(self, request: web.Request) -> web.StreamResponse:
+        return await self._blobs.handle(request, self._member(request))
+
+    async def _link(self, request: web.Request) -> web.StreamResponse:
+        self._member(request)
+        return await self._probe.handle(request)
+
+    def _member(self, request: web.Request) -> DeviceId:
+        """The trusted peer that asks for data."""
         device = device_of(request.get_extra_info("ssl_object"))
         if device == self.identity.device_id or not self._trusts(device):
             raise web.HTTPForbidden
-        return await self._blobs.handle(request)
+        return device
 
     async def _control(self, request: web.Request) -> web.WebSocketResponse:
         """An incoming control connection: greet, then serve until it ends."""
@@ -317,6 +355,12 @@ class Network:
                 self.disconnect(device, "the device is trusted no longer")
         if self._acceptor is not None:
             self._acceptor.drop_untrusted()
+
+    def _require_address(self, device: DeviceId) -> tuple[str, int]:
+        address = self.address(device)
+        if address is None:
+            raise PeerLostError(f"the device {short_id(device)} is not connected")
+        return address
 
     def _require_session(self) -> aiohttp.ClientSession:
         if self._session is None or self._session.closed:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from confidantd.ids import DeviceId
 from confidantd.planner.simulate import LinkCost, StageCost
@@ -16,6 +17,7 @@ from confidantd.planner.workload import (
     stage_flops,
     trained_parameters,
 )
+from confidantd.wire.links import Link
 from confidantd.wire.speeds import Speeds
 
 ASSUMED_GFLOPS = 5.0  # of a device that has not been measured: a slow phone
@@ -30,6 +32,8 @@ class PlanDevice:
     """A device as the planner sees it; `gflops` 0 and None are unmeasured.
 
     `speeds` were measured with blocks of the workload's shape; without them `gflops` counts.
+    `links` are those to single other devices, as measured from this one; `bandwidth_mbps` and
+    `round_trip_seconds` are its radio's, for pairs that nobody measured.
     """
 
     id: DeviceId
@@ -40,6 +44,7 @@ class PlanDevice:
     round_trip_seconds: float | None = None
     backends: tuple[str, ...] = ("cpu",)
     speeds: Speeds | None = None
+    links: Mapping[DeviceId, Link] = field(default_factory=dict, hash=False)
 
 
 def stage_seconds(
@@ -106,8 +111,21 @@ def assumed_speeds(work: Workload, gflops: float) -> Speeds:
 
 
 def link_cost(work: Workload, first: PlanDevice, second: PlanDevice) -> LinkCost:
-    """What one activation takes from one device to another, over the slower radio."""
-    mbps = min(d.bandwidth_mbps or ASSUMED_MBPS for d in (first, second))
+    """What one activation takes from one device to another.
+
+    Of a pair that both measured the slower direction counts, since gradients go back. A pair
+    that nobody measured is as fast as the slower radio.
+    """
+    ends = ((first, second), (second, first))
+    links = [one.links[other.id] for one, other in ends if other.id in one.links]
+    rates = [link.mbps for link in links if link.mbps is not None]
+    mbps = min(rates or [d.bandwidth_mbps or ASSUMED_MBPS for d in (first, second)])
+    seconds = 8 * work.activation_bytes / (mbps * 1e6)
+    return LinkCost(seconds, _round_trip(links, first, second) / 2)
+
+
+def _round_trip(links: Sequence[Link], first: PlanDevice, second: PlanDevice) -> float:
+    """Seconds; whatever is above the least of what both saw, a busy device has added."""
+    seen = [link.round_trip_ms / 1000 for link in links if link.round_trip_ms is not None]
     trips = [d.round_trip_seconds for d in (first, second) if d.round_trip_seconds is not None]
-    latency = max(trips, default=ASSUMED_ROUND_TRIP_SECONDS) / 2
-    return LinkCost(8 * work.activation_bytes / (mbps * 1e6), latency)
+    return min(seen) if seen else max(trips, default=ASSUMED_ROUND_TRIP_SECONDS)

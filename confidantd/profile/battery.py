@@ -1,4 +1,4 @@
-"""Battery state: from the system, or from Termux's own command on Android."""
+"""Battery state: from the system, from Termux's own command on Android, or a given command."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import psutil
 
+from confidantd.profile.temperature import plausible
+
 TERMUX_COMMAND = "termux-battery-status"
 COMMAND_SECONDS = 5.0  # it hangs where the Termux:API app is missing
 KEPT_SECONDS = 60.0  # a battery changes by less than one percent in that time
@@ -20,14 +22,17 @@ KEPT_SECONDS = 60.0  # a battery changes by less than one percent in that time
 
 @dataclass(frozen=True, slots=True)
 class Battery:
-    """Charging and charge; None where there is no battery or no permission to ask."""
+    """Charging, charge and temperature; None where there is no battery or no permission to ask."""
 
     charging: bool | None = None
     percent: float | None = None
+    celsius: float | None = None
 
 
-def read_battery() -> Battery:
-    """The battery of this device. Never waits."""
+def read_battery(given: BatteryCommand | None = None) -> Battery:
+    """The battery of this device, from a `given` command or the system. Never waits."""
+    if given is not None:
+        return given.latest()
     if sys.platform == "android":
         command = _termux()
         return Battery() if command is None else command.latest()
@@ -75,13 +80,20 @@ class BatteryCommand:
 
 
 def parse_battery(output: bytes) -> Battery:
-    """What `termux-battery-status` printed; all None if that is no answer."""
+    """What `termux-battery-status` printed, or a command like it; all None if that is no answer.
+
+    JSON: `percentage`, `plugged` ("UNPLUGGED", or by what) and, where known, `temperature`.
+    """
     try:
         found = json.loads(output)
         charging = found.get("plugged", "UNPLUGGED") != "UNPLUGGED"
-        return Battery(charging, float(found["percentage"]))
+        percent = float(found["percentage"])
+        celsius = float(found.get("temperature") or 0.0)
     except (ValueError, KeyError, TypeError, AttributeError):
         return Battery()
+    if not 0 <= percent <= 100:  # nor if it is NaN
+        return Battery()
+    return Battery(charging, percent, plausible(celsius))
 
 
 def _started(command: Sequence[str]) -> subprocess.Popen[bytes] | None:

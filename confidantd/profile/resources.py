@@ -9,8 +9,8 @@ import os
 import psutil
 
 import confidantd
-from confidantd.profile.battery import read_battery
 from confidantd.profile.cgroup import memory_limits
+from confidantd.profile.readiness import Condition
 from confidantd.wire.resources import Resources
 
 RESERVE_FRACTION = 0.1  # of the memory that is available now: left to the user's other apps
@@ -25,14 +25,15 @@ def read_resources(
     threads: int,
     gflops: float,
     backends: tuple[str, ...] = (),
+    bandwidth_mbps: float | None = None,
+    condition: Condition = Condition(),  # noqa: B008 - frozen: nothing known
 ) -> Resources:
-    """Resources of this device.
+    """Resources of this device, in that `condition`.
 
     `memory_cap` (bytes, `--memory`) bounds what jobs may use in all; without it that is
     what is available now, less a reserve. What is granted already is not offered again.
     `backends` are those that were found by probing; before that there is the CPU.
     """
-    battery = read_battery()
     total, available = memory_bytes()
     workers = worker_bytes() if granted_bytes else 0
     return Resources(
@@ -43,12 +44,14 @@ def read_resources(
         gflops=gflops,
         cores=usable_cores(),
         threads=threads,
-        charging=battery.charging,
-        battery_percent=battery.percent,
-        bandwidth_mbps=None,
+        charging=condition.battery.charging,
+        battery_percent=condition.battery.percent,
+        bandwidth_mbps=bandwidth_mbps,
         load=_load(),
         version=confidantd.__version__,
         granted_bytes=granted_bytes,
+        temperature_celsius=condition.celsius,
+        refuses=condition.refuses,
     )
 
 

@@ -7,6 +7,7 @@ from collections import deque
 from confidantd.ids import DeviceId
 from confidantd.swarm.detector import Detector
 from confidantd.swarm.election import Word
+from confidantd.wire.links import Link
 from confidantd.wire.messages import Beat
 from confidantd.wire.resources import Resources
 
@@ -23,6 +24,8 @@ class Member:
         self.detector = Detector()
         self.word: Word | None = None
         self.resources: Resources | None = None
+        self.mbps: float | None = None  # from it to this device, as measured here
+        self.links: dict[DeviceId, Link] = {}  # as measured there
         self.left = False  # said good-bye, and was not connected since
         self._sequence = 0
         self._sent: deque[tuple[int, float]] = deque(maxlen=MAX_SENT)
@@ -34,6 +37,11 @@ class Member:
     def round_trip_ms(self) -> float | None:
         """Milliseconds to the member and back, without what it waited there."""
         return round(min(self._round_trips) * 1000, 2) if self._round_trips else None
+
+    @property
+    def link(self) -> Link:
+        """What this device measured of the link to the member."""
+        return Link(self.mbps, self.round_trip_ms)
 
     def connected(self, now: float) -> None:
         """A connection begins: the other side may know nothing of us."""
@@ -78,6 +86,7 @@ class Member:
         self._last_heard = (beat.sequence, now)
         if beat.resources is not None:
             self.resources = beat.resources
+            self.links = beat.links
         for sequence, sent in self._sent:
             if sequence == beat.echo:
                 self._round_trips.append(max(0.0, now - sent - beat.echo_held_seconds))

@@ -19,8 +19,9 @@ from confidantd.swarm.member import Member
 from confidantd.swarm.memory import save_term
 from confidantd.swarm.state import PeerState
 from confidantd.wire.codec import from_map, to_map
+from confidantd.wire.links import MAX_LINKS, Link, plausible
 from confidantd.wire.messages import MAX_TERM, Beat, Rank
-from confidantd.wire.resources import Resources
+from confidantd.wire.resources import Resources, believable
 
 _log = logging.getLogger(__name__)
 
@@ -88,6 +89,26 @@ class Membership:
             self.resources = resources
             for member in self.members.values():
                 member.full_beat_soon()
+
+    def set_link(self, device: DeviceId, mbps: float) -> None:
+        """The measured bandwidth from a member; told with the next heartbeats."""
+        if device in self.members:
+            self.members[device].mbps = mbps
+            for member in self.members.values():
+                member.full_beat_soon()
+
+    def link_mbps(self, device: DeviceId) -> float | None:
+        """Bandwidth of the link to a member as measured here, else there; None: not yet."""
+        member = self.members.get(device)
+        if member is None or member.mbps is not None:
+            return member.mbps if member else None
+        seen_there = member.links.get(self._me)
+        return seen_there.mbps if seen_there else None
+
+    def links(self) -> dict[DeviceId, Link]:
+        """What this device measured of its links, as far as that is anything."""
+        found = {device: member.link for device, member in list(self.members.items())[:MAX_LINKS]}
+        return {device: link for device, link in found.items() if link != Link()}
 
     def refused(self, device: DeviceId) -> None:
         """Nothing listens at any address of a member."""
@@ -195,6 +216,7 @@ class Membership:
             echo_held_seconds=held_seconds,
             resources=self.resources if full else None,
             addresses=self._addresses() if full else {},
+            links=self.links() if full else {},
         )
         self._network.send(device, BEAT_TOPIC, to_map(beat))
 
@@ -247,4 +269,10 @@ def _checked(beat: Beat) -> Beat:
         raise ProtocolError("it sent a heartbeat with impossible values")
     if not all(map(is_digest, devices)) or not 0 <= beat.echo_held_seconds < 86_400:
         raise ProtocolError("it sent a heartbeat with impossible values")
+    if beat.resources is not None and not believable(beat.resources):
+        raise ProtocolError("it sent a heartbeat with impossible resources")
+    if len(beat.links) > MAX_LINKS or not all(map(plausible, beat.links.values())):
+        raise ProtocolError("it sent a heartbeat with impossible links")
+    if not all(map(is_digest, beat.links)):
+        raise ProtocolError("it sent a heartbeat with impossible links")
     return beat

@@ -22,6 +22,7 @@ from confidantd.swarm.addresses import (
 )
 from confidantd.swarm.conflict import ConflictWatch
 from confidantd.swarm.dialing import Dialing
+from confidantd.swarm.link_measuring import LinkMeasuring
 from confidantd.swarm.membership import Membership
 from confidantd.swarm.memory import load_addresses, load_term, save_addresses
 from confidantd.swarm.state import CoordinatorView, PeerView, swarm_tag
@@ -71,6 +72,7 @@ class Swarm:
         self._change = asyncio.Event()
         self._membership = Membership(network, trust, self._book, self._notify_change)
         self._membership.on_gossip(self._gossiped)
+        self._measuring = LinkMeasuring(network, self._membership)
         self._conflict = ConflictWatch(network, self._notify_change)
         self._dialing = Dialing(network, self._book, self._membership.refused)
         network.on_connected(self._connected)
@@ -89,6 +91,7 @@ class Swarm:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._membership.run(term), name="swarm.membership")
                 group.create_task(self._conflict.run(), name="swarm.conflict")
+                group.create_task(self._measuring.run(), name="swarm.links")
                 group.create_task(self._refresh_for_ever(), name="swarm.refresh")
         finally:
             await self._dialing.close()
@@ -118,6 +121,11 @@ class Swarm:
     def set_resources(self, resources: Resources) -> None:
         """What this device offers; gossiped with its heartbeats."""
         self._membership.set_resources(resources)
+
+    def fastest_link_mbps(self) -> float | None:
+        """What this device's radio can do, as far as any link shows it."""
+        found = (link.mbps for link in self._membership.links().values())
+        return max((mbps for mbps in found if mbps is not None), default=None)
 
     def on_change(self, listener: Listener) -> None:
         """Call when a state, the coordinator or the conflict changes."""
@@ -220,7 +228,14 @@ class Swarm:
     def _self_view(self) -> PeerView:
         address = next(iter(self._network.addresses), "")
         return PeerView(
-            self._me, self._network.name, "alive", address, 0.0, self._membership.resources, True
+            id=self._me,
+            name=self._network.name,
+            state="alive",
+            address=address,
+            round_trip_ms=0.0,
+            resources=self._membership.resources,
+            is_self=True,
+            links=self._membership.links(),
         )
 
     def _member_view(self, device: DeviceId) -> PeerView:
@@ -237,6 +252,8 @@ class Swarm:
             round_trip_ms=member.round_trip_ms if member else None,
             resources=member.resources if member else None,
             is_self=False,
+            bandwidth_mbps=self._membership.link_mbps(device),
+            links=member.links if member else {},
         )
 
     def _unpaired_views(self) -> list[PeerView]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from confidantd.ids import DeviceId
+from confidantd.wire.links import Link
 from confidantd.wire.resources import Resources
 
 PeerState = Literal["alive", "suspect", "gone", "unpaired"]
@@ -17,7 +18,11 @@ TAG_CHARACTERS = 8
 
 @dataclass(frozen=True, slots=True)
 class PeerView:
-    """One device as this one sees it. `address` is `host:port` or empty; times are smoothed."""
+    """One device as this one sees it. `address` is `host:port` or empty; times are smoothed.
+
+    `bandwidth_mbps` is that of the link between the two, `links` are what the device itself
+    measured of its own.
+    """
 
     id: DeviceId
     name: str
@@ -26,6 +31,8 @@ class PeerView:
     round_trip_ms: float | None
     resources: Resources | None
     is_self: bool
+    bandwidth_mbps: float | None = None
+    links: Mapping[DeviceId, Link] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

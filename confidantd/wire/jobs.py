@@ -83,11 +83,15 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class OfferAnswer:
-    """Accepted, or declined with what the device has and why."""
+    """Accepted, or declined with what the device has and why.
+
+    `refuses`: it takes no part at all now, however little memory it takes.
+    """
 
     accepted: bool
     available_bytes: int
     reason: str = ""
+    refuses: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from typing import Any
 from confidantd.errors import ConfidantError, ProtocolError, from_wire
 from confidantd.ids import DeviceId, is_digest
 from confidantd.wire.codec import from_map, pack, to_map, unpack
+from confidantd.wire.links import Link
 from confidantd.wire.resources import Resources
 
 PROTOCOL_VERSION = 1
@@ -156,9 +157,14 @@ def refusal(failure: ConfidantError) -> Refused:
 
 
 def clean_name(text: str) -> str:
-    """Printable characters only, at most 64: what a stranger calls itself is not trusted."""
-    printable = "".join(c for c in text[: 4 * MAX_NAME_CHARACTERS] if c.isprintable())
-    return " ".join(printable.split())[:MAX_NAME_CHARACTERS]
+    """At most 64 printable characters: what a stranger calls itself is not trusted."""
+    return clean_text(text, MAX_NAME_CHARACTERS)
+
+
+def clean_text(text: str, most: int) -> str:
+    """One line of printable characters, at most so many."""
+    printable = "".join(c for c in text[: 4 * most] if c.isprintable())
+    return " ".join(printable.split())[:most]
 
 
 def _fields(message: Message) -> Mapping[str, Any]:
@@ -211,8 +217,9 @@ class Beat:
 
     `term` is the highest the sender has seen, `claim` that of the coordinator it follows
     (itself included), `heard` the devices it hears directly. `echo` is the last `sequence`
-    it got from the receiver and `echo_held_seconds` how long ago. `resources` and
-    `addresses` (`host:port` texts by device) come only every few beats.
+    it got from the receiver and `echo_held_seconds` how long ago. `resources`,
+    `addresses` (`host:port` texts by device) and `links` (what the sender measured, by device)
+    come only every few beats.
     """
 
     sequence: int
@@ -224,3 +231,4 @@ class Beat:
     echo_held_seconds: float = 0.0
     resources: Resources | None = None
     addresses: dict[DeviceId, tuple[str, ...]] = field(default_factory=dict)
+    links: dict[DeviceId, Link] = field(default_factory=dict)

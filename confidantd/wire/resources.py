@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+MAX_REASON_CHARACTERS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,6 +14,9 @@ class Resources:
 
     `memory_bytes` is physical, `available_bytes` is what jobs may use now and
     `granted_bytes` what running jobs have been promised. `gflops` is 0 until measured.
+    `bandwidth_mbps` is that of its fastest link, None until one is measured.
+    `temperature_celsius` is that of the processor or battery, whichever is hotter; None where
+    nothing tells it. `refuses` says why the device takes no work for others now; empty: it does.
     `charging` and `battery_percent` are None without a battery. `load` is the share of
     the CPU in use, 0 to 1. `roles` holds "compiler" where torch is installed.
     """
@@ -28,3 +34,13 @@ class Resources:
     load: float
     version: str
     granted_bytes: int
+    temperature_celsius: float | None = None
+    refuses: str = ""
+
+
+def believable(found: Resources) -> bool:
+    """Whether what a peer says of its condition can be shown and kept."""
+    celsius = found.temperature_celsius
+    return len(found.refuses) <= MAX_REASON_CHARACTERS and (
+        celsius is None or math.isfinite(celsius)
+    )

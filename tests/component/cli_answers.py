@@ -36,6 +36,8 @@ def peer(name: str, device: str, **changes: Any) -> dict[str, Any]:
         "backends": ["cpu"],
         "roles": ["compiler"],
         "power": {"charging": True, "percent": 80.0},
+        "temperature_celsius": 41.0,
+        "refuses": "",
         **changes,
     }
 
@@ -43,7 +45,8 @@ def peer(name: str, device: str, **changes: Any) -> dict[str, Any]:
 PEERS: dict[str, Any] = {
     "peers": [
         peer("anna", ANNA, self=True, round_trip_ms=None),
-        peer("a-very-long-host-name-of-a-laptop-in-the-kitchen", BEN, state="suspect"),
+        peer("a-very-long-host-name-of-a-laptop-in-the-kitchen", BEN, state="suspect",
+             bandwidth_mbps=187.6),
         peer(HOSTILE, CLEO, state="unpaired", address=None, round_trip_ms=None, memory_bytes=None,
              available_bytes=None, gflops=None, backends=[], roles=[], power=None),
     ],

@@ -78,10 +78,19 @@ def test_status_says_who_where_and_how_much(tmp_path: Path) -> None:
 
 def test_peers_are_told_apart(tmp_path: Path) -> None:
     text = shown(tmp_path, "peers")
-    for part in ("anna (this)", "suspect", "unpaired", "192.168.178.101:47113", "12.3"):
+    for part in ("anna (this)", "suspect", "unpaired", "192.168.178.101:47113", "12.3", "188"):
         assert part in text
     assert "[red]" in text  # a peer's name is text, not markup
     assert len(text.splitlines()) == 2 + 3  # no row is folded
+
+
+def test_who_takes_no_work_is_said(tmp_path: Path) -> None:
+    low = "its battery is at 12 % (least_battery_percent = 20)\x1b[2J"
+    phone = answers.peer("phone", answers.BEN, refuses=low)
+    with fake_daemon(tmp_path, {"GET /v1/peers": {"peers": [phone], "conflict": None}}):
+        text = confidant(tmp_path, "peers").stdout
+    assert_fit_for_a_terminal(text)
+    assert "phone takes no work: its battery is at 12 %" in text
 
 
 def test_a_copied_home_is_said(tmp_path: Path) -> None:

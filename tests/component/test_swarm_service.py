@@ -26,6 +26,19 @@ def _is_unpaired(device: SwarmDevice, stranger: SwarmDevice) -> bool:
     return device.states().get(stranger.id) == "unpaired"
 
 
+def _knows_every_link(device: SwarmDevice) -> bool:
+    """Its own, and by gossip that between the two others."""
+    views = device.swarm.peers()
+    pairs = {
+        frozenset((view.id, other))
+        for view in views
+        for other, link in view.links.items()
+        if link.mbps is not None
+    }
+    own = [view.bandwidth_mbps for view in views if not view.is_self]
+    return len(pairs) == 3 and None not in own
+
+
 async def _three(tmp_path: Path) -> list[SwarmDevice]:
     """Started one after another; each but the first is given the address of the first alone."""
     first = await new_swarm_device(tmp_path / "one")
@@ -59,7 +72,7 @@ async def test_three_meet_by_one_typed_address_and_elect_again_when_one_ends(
             assert remembered["term"] >= now.term
 
 
-async def test_resources_names_addresses_and_round_trips_are_known_to_all(tmp_path: Path) -> None:
+async def test_resources_names_addresses_and_links_are_known_to_all(tmp_path: Path) -> None:
     devices = await _three(tmp_path)
     async with stopped_at_end(devices):
         for number, device in enumerate(devices):
@@ -76,6 +89,7 @@ async def test_resources_names_addresses_and_round_trips_are_known_to_all(tmp_pa
             lambda: all(p.round_trip_ms is not None for d in devices for p in d.swarm.peers()),
             "round trips",
         )
+        await until(lambda: all(map(_knows_every_link, devices)), "links between all")
         for device in devices:
             views = {peer.id: peer for peer in device.swarm.peers()}
             assert {d.id: d.address for d in devices} == {i: v.address for i, v in views.items()}

@@ -9,13 +9,15 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.e2e.devices import Device, swarm, wait_until
+from tests.e2e.devices import Device, running, swarm, wait_until
 from tests.e2e.small_models import TEXT, copy_model, make_small
 
 CONFLICT_SECONDS = 30.0
+BATTERY_SECONDS = 30.0
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +152,37 @@ def test_model_that_does_not_fit(tmp_path: Path, model: Path) -> None:
     assert "anna" in line
     assert "ben" in line
     assert "MB" in line
+
+
+def test_a_device_that_is_low_on_charge(tmp_path: Path, model: Path) -> None:
+    """Its battery is read by a command, as that of a UPS is."""
+    battery = tmp_path / "battery"
+    battery.write_text(
+        "#!/bin/sh\n"
+        """echo '{"percentage": 12, "plugged": "UNPLUGGED", "temperature": 31.5}'\n"""
+    )
+    battery.chmod(0o755)
+    settings = {"CONFIDANT_BATTERY_COMMAND": str(battery)}
+    anna, ben = Device(tmp_path / "a", "anna"), Device(tmp_path / "b", "ben", settings=settings)
+    with running([anna, ben]):
+        wait_until(lambda: seen(anna, "ben")["refuses"], BATTERY_SECONDS, "the battery is read")
+        found = seen(anna, "ben")
+        assert found["power"] == {"charging": False, "percent": 12.0}
+        assert found["temperature_celsius"] >= 31.5
+        low = "its battery is at 12 % (least_battery_percent = 20)"
+        (left,) = anna.json("plan", str(model))["left_out"]
+        assert (left["name"], left["reason"]) == ("ben", low)
+        line = refused(anna, model, "--devices", "anna,ben")
+        assert f"ben takes no part now: {low}" in line
+        checks = {check["name"]: check for check in ben.json("doctor")["checks"]}
+        assert checks["work for others"]["state"] == "warn"
+        stages = ben.json("plan", str(model), "--devices", "anna,ben")["stages"]
+        assert {stage["name"] for stage in stages} == {"anna", "ben"}  # its own job
+
+
+def seen(device: Device, name: str) -> dict[str, Any]:
+    """What a device says of a peer."""
+    return next(p for p in device.json("peers")["peers"] if p["name"] == name)
 
 
 def test_no_compiler(tmp_path: Path, model: Path) -> None:

@@ -16,6 +16,8 @@ from tests.lan.namespaces import Lan
 pytestmark = pytest.mark.lan
 
 NAMES = ("anna", "ben", "cleo")
+MBIT = 50.0
+MEASURE_SECONDS = 30.0
 SEE_SECONDS = 5.0
 ELECT_SECONDS = 5.0
 # A daemon takes a second or two to start on a loaded machine, and asking costs a CLI start;
@@ -23,10 +25,17 @@ ELECT_SECONDS = 5.0
 NOISE_SECONDS = 15.0
 
 
+def links_are_measured(device: Device) -> bool:
+    """Whether a device shows what its links were shaped to."""
+    peers = [peer for peer in device.json("peers")["peers"] if not peer["self"]]
+    found = [peer["bandwidth_mbps"] for peer in peers if peer["state"] == "alive"]
+    return None not in found and found == pytest.approx([MBIT] * len(found), rel=0.2)
+
+
 @pytest.fixture
 def lan() -> Iterator[Lan]:
     """Four hosts joined by 50 Mbit/s links."""
-    with Lan(4, mbit=50) as found:
+    with Lan(4, mbit=MBIT) as found:
         yield found
 
 
@@ -129,5 +138,6 @@ def test_training_across_the_lan(lan: Lan, devices: list[Device], tmp_path: Path
         reference.load(small.folder), reference.blocks_of(small.folder, [small.text], 64),
         steps=5, batch_size=4, learning_rate=1e-3,
     )  # fmt: skip
+    wait_until(lambda: all(map(links_are_measured, devices)), MEASURE_SECONDS, "links measured")
     losses = [event["loss"] for event in events if event["event"] == "step"]
     assert losses == pytest.approx(run.losses, rel=1e-4)

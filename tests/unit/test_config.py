@@ -48,11 +48,15 @@ def test_every_setting_from_the_file(tmp_path: Path) -> None:
     config = load(
         tmp_path,
         'name = "anna"\nport = 7000\nhosts = ["127.0.0.1", "::1"]\npeers = ["ben:7001"]\n'
-        'mdns = false\nmemory_bytes = "1.5GiB"\nthreads = 2\nlog_level = "DEBUG"\n',
+        'mdns = false\nmemory_bytes = "1.5GiB"\nthreads = 2\nlog_level = "DEBUG"\n'
+        "least_battery_percent = 40\nonly_when_charging = true\nmost_celsius = 80.5\n"
+        'most_battery_celsius = 40\nwhen_in_use = "decline"\nbattery_command = "sh -c true"\n',
     )
     assert config == DaemonConfig(
         tmp_path, "anna", 7000, ("127.0.0.1", "::1"), ("ben:7001",), mdns=False,
-        memory_bytes=3 * 2**29, threads=2, log_level="debug",
+        memory_bytes=3 * 2**29, threads=2, log_level="debug", least_battery_percent=40.0,
+        only_when_charging=True, most_celsius=80.5, most_battery_celsius=40.0,
+        when_in_use="decline", battery_command="sh -c true",
     )  # fmt: skip
 
 
@@ -68,11 +72,16 @@ def test_every_setting_from_the_environment(tmp_path: Path) -> None:
             "CONFIDANT_MEMORY_BYTES": "512M",
             "CONFIDANT_THREADS": "3",
             "CONFIDANT_LOG_LEVEL": "warning",
+            "CONFIDANT_LEAST_BATTERY_PERCENT": "0",
+            "CONFIDANT_ONLY_WHEN_CHARGING": "yes",
+            "CONFIDANT_MOST_CELSIUS": "70",
+            "CONFIDANT_WHEN_IN_USE": "decline",
         },
     )
     assert config == DaemonConfig(
         tmp_path, "ben", 7000, ("127.0.0.1", "::1"), ("anna:1", "cleo:2"), mdns=False,
-        memory_bytes=2**29, threads=3, log_level="warning",
+        memory_bytes=2**29, threads=3, log_level="warning", least_battery_percent=0.0,
+        only_when_charging=True, most_celsius=70.0, when_in_use="decline",
     )  # fmt: skip
 
 
@@ -116,6 +125,16 @@ def test_any_text_is_a_size_or_an_error(text: str) -> None:
         ("peers = [1]", "list"),
         ("mdns = 'perhaps'", "true or false"),
         ("log_level = 'loud'", "warning"),
+        ("least_battery_percent = 101", "number from 0 to 100"),
+        ("least_battery_percent = 'half'", "number from 0 to 100"),
+        ("least_battery_percent = nan", "number from 0 to 100"),
+        ("most_celsius = true", "number from 1 to 150"),
+        ("most_battery_celsius = 0", "number from 1 to 150"),
+        ("only_when_charging = 3", "true or false"),
+        ("when_in_use = 'never'", "known: share, decline"),
+        ("battery_command = 'a \"b'", "command line"),
+        ("battery_command = 3", "command line"),
+        ("battery_command = '/nowhere/battery -x'", "no program '/nowhere/battery'"),
         ("name = ''", "name"),
         ("name = 'a,b'", "name"),
         ("not toml", "config.toml"),

@@ -43,7 +43,7 @@ LAYERS = {
     "service_manager": SURFACE,
 }
 # The pure steps of the swarm; the rest of that package is its thin service.
-SWARM_DECIDES = {"state", "detector", "election", "member", "addresses", "pairing"}
+SWARM_DECIDES = {"state", "detector", "election", "member", "addresses", "pairing", "links"}
 COMPUTE = {"compiler", "engine"}
 
 HOMES = {

@@ -13,8 +13,10 @@ from confidantd.profile.battery import (
     Battery,
     BatteryCommand,
     parse_battery,
+    read_battery,
 )
 from confidantd.profile.cgroup import memory_limits
+from confidantd.profile.readiness import Condition
 from confidantd.profile.resources import offered_bytes, read_resources, usable_cores
 
 ANSWER = '{"health": "GOOD", "percentage": 61, "plugged": "PLUGGED_AC"}'
@@ -87,6 +89,11 @@ def test_this_device() -> None:
         memory_cap=None, granted_bytes=0, threads=1, gflops=5.0, backends=("cpu", "webgpu")
     )
     assert probed.backends == ("cpu", "webgpu")
+    assert (found.charging, found.temperature_celsius, found.refuses) == (None, None, "")
+    hot = Condition(Battery(False, 61.0), 44.5, "its battery is at 61 %")
+    tired = read_resources(memory_cap=None, granted_bytes=0, threads=1, gflops=5.0, condition=hot)
+    assert (tired.charging, tired.battery_percent, tired.temperature_celsius) == (False, 61, 44.5)
+    assert tired.refuses == "its battery is at 61 %"
 
 
 @pytest.mark.parametrize(
@@ -94,6 +101,15 @@ def test_this_device() -> None:
     [
         (ANSWER.encode(), Battery(True, 61.0)),
         (b'{"percentage": 7, "plugged": "UNPLUGGED"}', Battery(False, 7.0)),
+        (
+            b'{"percentage": 7, "plugged": "UNPLUGGED", "temperature": 31.4}',
+            Battery(False, 7.0, 31.4),
+        ),
+        (b'{"percentage": 7, "temperature": NaN}', Battery(False, 7.0)),
+        (b'{"percentage": 7, "temperature": 1e9}', Battery(False, 7.0)),
+        (b'{"percentage": NaN}', Battery()),
+        (b'{"percentage": 700}', Battery()),
+        (b'{"percentage": 7, "temperature": "warm"}', Battery()),
         (b"", Battery()),
         (b"[1]", Battery()),
         (b'{"percentage": null}', Battery()),
@@ -111,6 +127,15 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+def test_a_given_command_counts_before_the_system() -> None:
+    clock = Clock()
+    command = BatteryCommand([sys.executable, "-c", f"print('{ANSWER}')"], clock)
+    read_battery(command)
+    assert command._process is not None
+    command._process.wait(30)
+    assert read_battery(command) == Battery(True, 61.0)
 
 
 def test_a_battery_command_is_never_waited_for() -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from confidantd.errors import ConfidantError, DeviceError, UsageError
 from confidantd.jobs.what_if import MOST_DEVICES, read_fleet
+from confidantd.planner.costs import PlanDevice, link_cost
 from confidantd.planner.plan import make_plan
 from tests.unit.planner_support import workload
 
@@ -32,6 +33,8 @@ owner = true
 """
 NAMED = '[[device]]\nname = "{}"\nmemory = "2G"\ngflops = 5\n'
 ONE = NAMED.format("a")
+TWO = ONE + NAMED.format("b")
+LINK = '[[link]]\nbetween = ["a", "b"]\n'
 
 
 def written(folder: Path, text: str) -> str:
@@ -54,6 +57,21 @@ def test_devices_links_and_owner(tmp_path: Path) -> None:
 def test_the_first_device_has_the_data_unless_one_says_so(tmp_path: Path) -> None:
     fleet = read_fleet(written(tmp_path, PHONES.replace("owner = true", "")))
     assert fleet.owner == fleet.devices[0].id
+
+
+def test_single_pairs_have_links_of_their_own(tmp_path: Path) -> None:
+    pair = '[[link]]\nbetween = ["phone-1", "laptop"]\nmbps = 5\nround_trip_ms = 40\n'
+    near = '[[link]]\nbetween = ["laptop", "phone-2"]\nround_trip_ms = 1\n'
+    one, two, three, laptop = read_fleet(written(tmp_path, PHONES + pair + near)).devices
+    bits = 8 * workload().activation_bytes
+
+    def cost(*ends: PlanDevice) -> tuple[float, float]:
+        found = link_cost(workload(), *ends)
+        return pytest.approx(bits / found.seconds / 1e6), pytest.approx(found.latency)
+
+    assert cost(one, laptop) == cost(laptop, one) == (5, 0.020)
+    assert cost(two, laptop) == (20, 0.0005)
+    assert cost(three, laptop) == (20, 0.003)
 
 
 def test_only_some_of_them(tmp_path: Path) -> None:
@@ -102,6 +120,24 @@ def test_five_hundred_devices_are_planned_for(tmp_path: Path) -> None:
         (ONE + 'owner = "yes"', "device a: owner is not true or false"),
         (ONE + ONE, "two devices have the same name, a"),
         (ONE + "owner = true\n" + NAMED.format("b") + "owner = true", "more than one device"),
+        (ONE + "link = 3", "device a has an unknown key 'link'"),
+        ("link = 3\n" + ONE, "write [[link]]"),
+        ("link = [3]\n" + ONE, "write [[link]]"),
+        (TWO + "[[link]]\nmbps = 3", "link 1 has no between"),
+        (TWO + '[[link]]\nbetween = "a"', "link 1 has no between"),
+        (TWO + '[[link]]\nbetween = ["a", "b", "c"]', "link 1 has no between"),
+        (TWO + '[[link]]\nbetween = ["a", 3]\nmbps = 1', "link 1: there is no device '3'"),
+        (TWO + '[[link]]\nbetween = ["a", "c"]\nmbps = 1', "no device 'c'; the file has a, b"),
+        (TWO + '[[link]]\nbetween = ["b", "b"]\nmbps = 1', "link 1 is between b and itself"),
+        (TWO + LINK, "between a and b has neither mbps nor round_trip_ms"),
+        (TWO + LINK + "mbps = 0", "the link between a and b: mbps must be over 0"),
+        (TWO + LINK + "mbps = nan", "the link between a and b: mbps must be over 0"),
+        (TWO + LINK + "round_trip_ms = 'x'", "a and b: round_trip_ms is not a number"),
+        (TWO + LINK + "speed = 3", "link 1 has an unknown key 'speed'"),
+        (
+            TWO + LINK + 'mbps = 1\n[[link]]\nbetween = ["b", "a"]\nmbps = 2',
+            "the link between b and a is there twice",
+        ),
         ("".join(f"{NAMED.format(i)}count = 400\n" for i in "xy"), "more than 512"),
     ],
 )

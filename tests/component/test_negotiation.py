@@ -1,0 +1,200 @@
+"""Plans among devices that refuse work: the coordinator and the devices' own decisions, with
+messages handed over in memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from confidantd.errors import DeviceError, PeerLostError
+from confidantd.ids import DeviceId, JobId
+from confidantd.jobs.coordinator import Coordinator
+from confidantd.jobs.peers import Handler, Peers
+from confidantd.jobs.speeds import SpeedBook
+from confidantd.jobs.splits import Splits
+from confidantd.jobs.stage_host import StageHost
+from confidantd.models.config import Config
+from confidantd.models.families import spec_from_config
+from confidantd.planner.plan import Plan
+from confidantd.store.blobs import BlobStore
+from confidantd.swarm.state import CoordinatorView, PeerView
+from confidantd.wire.codec import from_map, to_map
+from confidantd.wire.jobs import CurrentStage, PlanRequest
+from tests.component.swarm_support import resources
+from tests.unit.model_files import LLAMA
+
+MEMORY = 8_000_000_000
+LOW = "its battery is at 12 % (least_battery_percent = 20)"
+
+
+class Wire:
+    """The transport of one device: calls the handlers of the others directly."""
+
+    def __init__(self, me: DeviceId, wires: dict[DeviceId, Wire]) -> None:
+        self._me = me
+        self._wires = wires
+        self._handlers: dict[str, Handler] = {}
+        wires[me] = self
+
+    def on_request(self, method: str, handler: Handler) -> None:
+        self._handlers[method] = handler
+
+    def on_notify(self, *_: Any) -> None:
+        raise AssertionError("nobody listens here")
+
+    async def request(
+        self, device: DeviceId, method: str, params: dict[str, Any], **_: float
+    ) -> dict[str, Any]:
+        if device not in self._wires:
+            raise PeerLostError(f"the device {device[:4]} is not connected")
+        handler = self._wires[device]._handlers.get(method)
+        if handler is None:
+            raise PeerLostError(f"{method} is not answered")
+        return await handler(self._me, params)
+
+    async def notify(self, *_: Any) -> bool:
+        raise AssertionError("nobody is told")
+
+    async def read_blob(self, *_: Any) -> bytes:
+        raise AssertionError("nothing is fetched")
+
+
+class Swarm:
+    """Devices by name; the first one coordinates. `gossip` is what the others heard of each,
+    `now` what is true there at this moment.
+    """
+
+    def __init__(self, folder: Path, names: str) -> None:
+        self.ids = {name: DeviceId(name * 64) for name in names}
+        self.gossip = {name: resources(2 * MEMORY) for name in names}
+        self.now = dict(self.gossip)
+        self.wires: dict[DeviceId, Wire] = {}
+        self._peers = {name: Peers(id_, Wire(id_, self.wires)) for name, id_ in self.ids.items()}
+        self.hosts = {name: self._host(folder / name, name) for name in names}
+        self._first = CoordinatorView(self.ids[names[0]], names[0], 1)
+        Coordinator(self._peers[names[0]], self, lambda: self._first)
+
+    def _host(self, home: Path, name: str) -> StageHost:
+        splits = Splits(home, 1, "never", tuple)
+        return StageHost(
+            self._peers[name], BlobStore(home / "store"), home, ("127.0.0.1",), 1,
+            lambda: self.now[name], lambda _: None, lambda: None, lambda: self._first.id, splits,
+            SpeedBook(home, splits),
+        )  # fmt: skip
+
+    def peers(self) -> tuple[PeerView, ...]:
+        return tuple(
+            PeerView(
+                self.ids[name], name, "alive", "", 1.0, found, self.ids[name] == self._first.id
+            )
+            for name, found in self.gossip.items()
+        )
+
+    def conflict(self) -> str | None:
+        return None
+
+    async def wait_for_coordinator(self, _: float) -> CoordinatorView:
+        return self._first
+
+    def refuse(self, *names: str, told: bool) -> None:
+        """These are low on charge from now on; `told`: the others have heard it."""
+        for name in names:
+            self.now[name] = replace(self.now[name], refuses=LOW)
+            if told:
+                self.gossip[name] = self.now[name]
+
+    async def ask(self, method: str, owner: str, *wanted: str, **fields: Any) -> Plan:
+        request = PlanRequest(
+            JobId("0123456789ab"), 1, "m", spec_from_config(Config(LLAMA, "config.json")), "train",
+            "full", None, 4, 4, 32, wanted, **fields,
+        )  # fmt: skip
+        wire = self.wires[self.ids[owner]]
+        return from_map(
+            Plan,
+            await wire.request(self._first.id, method, to_map(request), timeout_seconds=10),
+        )
+
+
+async def three(folder: Path) -> Swarm:
+    """Two slow devices and a fast one, which every plan wants."""
+    made = await asyncio.to_thread(Swarm, folder, "abc")
+    made.now["c"] = made.gossip["c"] = replace(made.gossip["c"], gflops=1e6)
+    return made
+
+
+def left(plan: Plan) -> Mapping[str, str]:
+    return {device.name: device.reason for device in plan.left_out}
+
+
+@pytest.mark.parametrize("method", ["job.plan", "job.negotiate"])
+async def test_who_refuses_is_left_out_with_the_reason(tmp_path: Path, method: str) -> None:
+    swarm = await three(tmp_path)
+    used = await swarm.ask("job.plan", "a", "b", "c")
+    assert {stage.name for stage in used.stages} == {"b", "c"}
+    swarm.refuse("b", "c", told=True)
+    plan = await swarm.ask(method, "a")
+    assert [stage.name for stage in plan.stages] == ["a"]
+    assert left(plan) == {"b": LOW, "c": LOW}
+
+
+async def test_named_it_is_an_error_and_nothing_stays_granted(tmp_path: Path) -> None:
+    swarm = await three(tmp_path)
+    swarm.refuse("c", told=True)
+    for method in ("job.plan", "job.negotiate"):
+        with pytest.raises(DeviceError, match=r"c takes no part now: its battery is at 12 %"):
+            await swarm.ask(method, "a", "a", "c")
+    swarm.gossip["c"] = replace(swarm.gossip["c"], refuses="")  # the others know it too late
+    with pytest.raises(DeviceError, match=r"c takes no part now: its battery is at 12 %"):
+        await swarm.ask("job.negotiate", "a", "a", "c")
+    assert [host.granted_bytes() for host in swarm.hosts.values()] == [0, 0, 0]
+
+
+async def test_what_became_true_meanwhile_is_planned_around(tmp_path: Path) -> None:
+    swarm = await three(tmp_path)
+    before = await swarm.ask("job.plan", "a")
+    assert "c" in [stage.name for stage in before.stages]
+    swarm.refuse("c", told=False)
+    plan = await swarm.ask("job.negotiate", "a")
+    assert "c" not in [stage.name for stage in plan.stages]
+    assert left(plan)["c"] == LOW
+    granted = {name for name, host in swarm.hosts.items() if host.granted_bytes()}
+    assert granted == {stage.name for stage in plan.stages}
+
+
+async def test_a_device_that_left_is_not_said_to_lack_memory(tmp_path: Path) -> None:
+    swarm = await three(tmp_path)
+    del swarm.wires[swarm.ids["c"]]
+    plan = await swarm.ask("job.negotiate", "a")
+    assert left(plan)["c"] == "the device cccc is not connected"
+
+
+async def test_the_owners_own_device_takes_its_own_jobs(tmp_path: Path) -> None:
+    swarm = await three(tmp_path)
+    swarm.refuse("c", told=True)
+    plan = await swarm.ask("job.negotiate", "c")
+    assert "c" in [stage.name for stage in plan.stages]
+    assert "c" not in left(plan)
+
+
+async def test_a_stage_that_runs_is_no_new_work(tmp_path: Path) -> None:
+    swarm = await three(tmp_path)
+    swarm.refuse("b", "c", told=True)
+    current = (CurrentStage(swarm.ids["c"], 2, "saved", 1_000_000),)
+    plan = await swarm.ask("job.plan", "a", current=current)
+    assert "c" in [stage.name for stage in plan.stages]
+    assert left(plan)["b"] == LOW
+    assert "c" not in left(plan)
+
+
+async def test_a_hostile_reason_is_one_short_line(tmp_path: Path) -> None:
+    swarm = await three(tmp_path)
+    swarm.gossip["c"] = replace(swarm.gossip["c"], refuses="no\n\x1b[2J" + "x" * 10_000)
+    plan = await swarm.ask("job.plan", "a")
+    assert left(plan)["c"].startswith("no[2Jxxx")
+    assert len(left(plan)["c"]) <= 200
