@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from confidantd.ids import DeviceId, JobId
-from confidantd.jobs.moving import Held, wanted
+from confidantd.jobs.moving import wanted
 from confidantd.jobs.setup import Workload
 from confidantd.planner.plan import Plan
 from confidantd.wire.stage import (
@@ -16,7 +16,6 @@ from confidantd.wire.stage import (
     StageSpec,
     StateEntry,
     TensorEntry,
-    parts_of,
 )
 
 
@@ -39,15 +38,17 @@ def assignments(
     source: DeviceId,
     optimizer: OptimizerSpec,
     seed: int,
-    held: Held,
+    before: Plan | None,
     state: Mapping[str, StateEntry],
     steps_done: int,
 ) -> list[StageAssignment]:
     """One assignment per stage of the plan, each with just the tensors it needs.
 
-    `held` is what devices hold of the job already; of the rest `state` is taken over from
-    others, and what nobody trains comes from the checkpoint.
+    A stage that goes on from one of the plan `before` keeps what both have; of the rest
+    `state` is taken over from others, and what nobody trains comes from the checkpoint.
     """
+    tied = workload.spec.tied
+    lacking = wanted(before.stages if before else (), plan.stages, tied=tied)
     rows = workload.batch_size // workload.microbatches
     found = []
     for index, stage in enumerate(plan.stages):
@@ -65,9 +66,8 @@ def assignments(
             seed=seed,
             optimizer=optimizer,
         )
-        lacks = wanted(stage.device, parts_of(spec), held, tied=workload.spec.tied)
-        names = lacks.tensor_names(workload.spec)
-        adapter = lacks.adapter_names(workload.spec, workload.lora)
+        names = lacking[index].tensor_names(workload.spec)
+        adapter = lacking[index].adapter_names(workload.spec, workload.lora)
         found.append(
             StageAssignment(
                 job=job,

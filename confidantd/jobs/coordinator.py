@@ -31,7 +31,7 @@ from confidantd.jobs.plan_inputs import (
 from confidantd.jobs.services import SwarmView
 from confidantd.planner.costs import PlanDevice
 from confidantd.planner.plan import LeftOut, Plan, StagePlan, make_plan
-from confidantd.planner.replan import standstill_seconds
+from confidantd.planner.replan import continued, standstill_seconds
 from confidantd.planner.speeds import valid
 from confidantd.swarm.state import CoordinatorView
 from confidantd.wire.codec import from_map, to_map
@@ -82,13 +82,13 @@ class Coordinator:
             devices = await self._devices(request, owner)
             dropped: tuple[LeftOut, ...] = ()
             asked: set[DeviceId] = set()
-            for _ in range(MAX_ROUNDS):
+            for round_ in range(MAX_ROUNDS):
                 try:
                     plan = await self._make(request, devices, owner, dropped)
                 except ConfidantError:
                     await self._withdraw(request, asked)
                     raise
-                declined = await self._offer_all(request, plan, owner)
+                declined = await self._offer_all(request, plan, owner, round_)
                 asked |= {stage.device for stage in plan.stages} - set(declined)
                 if not declined:
                     await self._withdraw(request, asked - {s.device for s in plan.stages})
@@ -171,14 +171,16 @@ class Coordinator:
         return replace(stage, backends=answer.shares, unmeasured=())
 
     async def _offer_all(
-        self, request: PlanRequest, plan: Plan, owner: DeviceId
+        self, request: PlanRequest, plan: Plan, owner: DeviceId, round_: int
     ) -> dict[DeviceId, OfferAnswer]:
         """Offer every stage; answers of those that declined."""
         term = self._term()
         answers = await asyncio.gather(
             *(
-                self._offer(stage, _offer_of(request, plan, index, owner, term))
-                for index, stage in enumerate(plan.stages)
+                self._offer(stage.device, offer)
+                for stage, offer in zip(
+                    plan.stages, _offers(request, plan, owner, term, round_), strict=True
+                )
             )
         )
         return {
@@ -200,10 +202,10 @@ class Coordinator:
             return_exceptions=True,
         )
 
-    async def _offer(self, stage: StagePlan, offer: Offer) -> OfferAnswer:
+    async def _offer(self, device: DeviceId, offer: Offer) -> OfferAnswer:
         try:
             answer = await self._peers.request(
-                stage.device, "stage.offer", to_map(offer), timeout_seconds=OFFER_SECONDS
+                device, "stage.offer", to_map(offer), timeout_seconds=OFFER_SECONDS
             )
             return from_map(OfferAnswer, answer)
         except ProtocolError:
@@ -218,19 +220,28 @@ class Coordinator:
         return current.term
 
 
-def _offer_of(request: PlanRequest, plan: Plan, index: int, owner: DeviceId, term: int) -> Offer:
-    stage = plan.stages[index]
-    return Offer(
-        job=request.job,
-        epoch=request.epoch,
-        term=term,
-        owner=owner,
-        stage=index,
-        stages=len(plan.stages),
-        first_layer=stage.first_layer,
-        past_last_layer=stage.past_last_layer,
-        memory_bytes=stage.memory_bytes,
-    )
+def _offers(
+    request: PlanRequest, plan: Plan, owner: DeviceId, term: int, round_: int
+) -> list[Offer]:
+    """One for each stage of a plan."""
+    old = [stage.device for stage in request.current]
+    following = continued(old, [stage.device for stage in plan.stages])
+    return [
+        Offer(
+            job=request.job,
+            epoch=request.epoch,
+            term=term,
+            owner=owner,
+            stage=index,
+            stages=len(plan.stages),
+            first_layer=stage.first_layer,
+            past_last_layer=stage.past_last_layer,
+            memory_bytes=stage.memory_bytes,
+            goes_on=following.get(index),
+            round=round_,
+        )
+        for index, stage in enumerate(plan.stages)
+    ]
 
 
 def _with_answers(

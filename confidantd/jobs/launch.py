@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from confidantd.errors import ConfidantError, DeviceError
 from confidantd.ids import DeviceId
 from confidantd.jobs.assign import Material, assignments
-from confidantd.jobs.moving import Held, exports, held_parts
+from confidantd.jobs.moving import exports
 from confidantd.jobs.pipeline import Pipeline, Placed
 from confidantd.jobs.prepare import prepare
 from confidantd.jobs.record import JobLog
@@ -79,7 +79,7 @@ class Launcher:
             self._material = await prepare(self._services, self._log, self._workload, self._devices)
         while True:
             plan = await self._ask("job.negotiate")
-            pipeline = await self._adopted(plan, {}, {}, 0)
+            pipeline = await self._adopted(plan, {}, None, 0)
             try:
                 await pipeline.start()
             except BaseException as failure:
@@ -129,14 +129,14 @@ class Launcher:
         self._log.record.epoch = self._epoch
         self._emit_replan(reason, steps_done)
         state = await self._exported(launched, plan)
-        pipeline = await self._adopted(plan, state, held_parts(launched.plan.stages), steps_done)
+        pipeline = await self._adopted(plan, state, launched.plan, steps_done)
         try:
             await pipeline.start()
         except BaseException:
             stops = (pipeline.stop(), launched.pipeline.stop())
             await asyncio.shield(asyncio.gather(*stops))
             raise
-        await launched.pipeline.leave({stage.device for stage in plan.stages})
+        await launched.pipeline.stop()  # of the stages that did not go on
         return self._launched(pipeline, plan)
 
     def _same(self, plan: Plan, other: Plan) -> bool:
@@ -152,7 +152,7 @@ class Launcher:
         return replace(request, current=current, without=self._without)
 
     async def _adopted(
-        self, plan: Plan, state: Mapping[str, StateEntry], held: Held, steps_done: int
+        self, plan: Plan, state: Mapping[str, StateEntry], before: Plan | None, steps_done: int
     ) -> Pipeline:
         """The pipeline of a negotiated plan, which is the job's from now on, on disk too."""
         assert self._material is not None
@@ -168,7 +168,7 @@ class Launcher:
             source=self._services.self_id,
             optimizer=self._optimizer,
             seed=self._seed,
-            held=held,
+            before=before,
             state=state,
             steps_done=steps_done,
         )

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from confidantd.ids import DeviceId
 from confidantd.models.adapter import adapter_tensor_names
 from confidantd.models.spec import LoraSpec, ModelSpec
 from confidantd.models.stage_parts import EMBEDDING, HEAD, Part, kept_parts, stage_parts
 from confidantd.models.tensors import stage_tensor_names
 from confidantd.planner.plan import StagePlan
+from confidantd.planner.replan import continued
 from confidantd.wire.worker import Export
-
-Held = Mapping[DeviceId, frozenset[Part]]
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a device has to load for its stage."""
+    """What has to be loaded for a stage."""
 
     parts: frozenset[Part]
 
@@ -41,11 +39,6 @@ class Wanted:
         )
 
 
-def held_parts(stages: Iterable[StagePlan]) -> dict[DeviceId, frozenset[Part]]:
-    """What each device of a plan holds."""
-    return {stage.device: parts_of_plan(stage) for stage in stages}
-
-
 def parts_of_plan(stage: StagePlan) -> frozenset[Part]:
     """Layers and ends of a planned stage."""
     return stage_parts(
@@ -53,17 +46,21 @@ def parts_of_plan(stage: StagePlan) -> frozenset[Part]:
     )
 
 
-def wanted(device: DeviceId, parts: frozenset[Part], held: Held, *, tied: bool) -> Wanted:
-    """What a device lacks of a stage, by what it holds now."""
-    return Wanted(parts - kept_parts(held.get(device, frozenset()), parts, tied=tied))
+def wanted(old: Sequence[StagePlan], new: Sequence[StagePlan], *, tied: bool) -> tuple[Wanted, ...]:
+    """What each new stage lacks of what its device goes on from."""
+    following = continued([s.device for s in old], [s.device for s in new])
+    found = []
+    for place, stage in enumerate(new):
+        parts, before = parts_of_plan(stage), following.get(place)
+        if before is not None:
+            parts -= kept_parts(parts_of_plan(old[before]), parts, tied=tied)
+        found.append(Wanted(parts))
+    return tuple(found)
 
 
 def exports(old: Sequence[StagePlan], new: Sequence[StagePlan], *, tied: bool) -> dict[int, Export]:
-    """What each old stage has to hand over: every part that some device lacks, once."""
-    held = held_parts(old)
-    missing: set[Part] = set()
-    for stage in new:
-        missing |= wanted(stage.device, parts_of_plan(stage), held, tied=tied).parts
+    """What each old stage has to hand over: every part that some stage lacks, once."""
+    missing = frozenset[Part]().union(*(w.parts for w in wanted(old, new, tied=tied)))
     found = {}
     for index, stage in enumerate(old):
         parts = parts_of_plan(stage) & missing

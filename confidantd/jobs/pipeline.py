@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,27 +222,20 @@ class Pipeline:
                 4 * math.prod(tensor.shape),
             )
 
-    async def leave(self, stay: set[DeviceId]) -> None:
-        """Another pipeline of the job has taken over: end the stages on all devices but these."""
-        self._router.remove(self)
-        await self._stop([placed for placed in self.placed if placed.device not in stay])
-
     async def stop(self) -> None:
-        """End every stage that can still be reached."""
+        """End every stage that can still be reached and has not gone on to a later epoch."""
         self._router.remove(self)
-        await self._stop(self.placed)
-
-    async def _stop(self, stages: Sequence[Placed]) -> None:
         job, epoch = self.key
+        devices = dict.fromkeys(placed.device for placed in self.placed)
         await asyncio.gather(
             *(
                 self._peers.request(
-                    placed.device,
+                    device,
                     "stage.stop",
                     to_map(StopStage(job, epoch)),
                     timeout_seconds=STOP_SECONDS,
                 )
-                for placed in stages
+                for device in devices
             ),
             return_exceptions=True,
         )

@@ -102,7 +102,7 @@ class SpeedBook:
         """A stage here has ended: keep what it showed."""
         request = program_request(place.spec)
         live = self._live.pop(self._file(request), None)
-        if live is not None:
+        if live is not None and live.steps:
             self.remember(request, live.speeds, lived=True)
 
     def _with_backends(self, request: ProgramRequest, speeds: Speeds) -> Speeds:

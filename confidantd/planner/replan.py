@@ -51,6 +51,23 @@ class Watch:
         return Watch(planned, Drift(), self.next_pause, following)
 
 
+def continued(old: Sequence[DeviceId], new: Sequence[DeviceId]) -> dict[int, int]:
+    """Which new stage goes on from which old one, by the devices of the stages in order.
+
+    A device that holds two, the ends of a pipeline, goes on with each as that end.
+    """
+    found: dict[int, int] = {}
+    for device in dict.fromkeys(new):
+        before = [place for place, d in enumerate(old) if d == device]
+        after = [place for place, d in enumerate(new) if d == device]
+        if len(before) == len(after):
+            found |= dict(zip(after, before, strict=True))
+        elif before:
+            first = before[0] == 0 if len(after) > 1 else after[0] == 0
+            found[after[0] if first else after[-1]] = before[0] if first else before[-1]
+    return found
+
+
 def worth_moving(
     kept_seconds: float, new_seconds: float, steps_left: int, standstill_seconds: float
 ) -> bool:

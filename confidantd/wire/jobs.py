@@ -68,7 +68,11 @@ class PlanRequest:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """One device's part of a plan: layers [first_layer, past_last_layer) and their memory."""
+    """One device's part of a plan: layers [first_layer, past_last_layer) and their memory.
+
+    `goes_on`: the stage that the device holds of the job's last epoch and that is to go on as
+    this one. Offers of a later `round` of a negotiation replace those of earlier ones.
+    """
 
     job: JobId
     epoch: int
@@ -79,6 +83,8 @@ class Offer:
     first_layer: int
     past_last_layer: int
     memory_bytes: int
+    goes_on: int | None = None
+    round: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from confidantd.ids import DeviceId
-from confidantd.jobs.moving import exports, held_parts, parts_of_plan, wanted
+from confidantd.jobs.moving import exports, wanted
 from confidantd.models.stage_parts import EMBEDDING, HEAD, kept_parts, stage_parts
 from confidantd.planner.plan import StagePlan, make_plan
 from confidantd.planner.replan import (
     FIRST_PAUSE_STEPS,
     STANDSTILL_SECONDS,
     Watch,
+    continued,
     standstill_seconds,
     worth_moving,
 )
@@ -120,10 +121,9 @@ LAYOUTS = st.sampled_from([
 
 
 @given(old=LAYOUTS, new=LAYOUTS, tied=st.booleans())
-def test_every_part_that_a_device_lacks_is_handed_over_once(
+def test_every_part_that_a_stage_lacks_is_handed_over_once(
     old: list[StagePlan], new: list[StagePlan], tied: bool
 ) -> None:
-    held = held_parts(old)
     handed = [
         part
         for command in exports(old, new, tied=tied).values()
@@ -133,16 +133,30 @@ def test_every_part_that_a_device_lacks_is_handed_over_once(
             *([HEAD] if command.head else []),
         )
     ]
-    lacked = [
-        part
-        for stage in new
-        for part in wanted(stage.device, parts_of_plan(stage), held, tied=tied).parts
-    ]
+    lacked = [part for stage in wanted(old, new, tied=tied) for part in stage.parts]
     assert sorted(map(str, handed)) == sorted(map(str, lacked))
 
 
 def test_nothing_moves_when_nothing_changes() -> None:
     same = planned(2, 2, 2, names="abc")
     assert exports(same, same, tied=True) == {}
-    held = held_parts(same)
-    assert held[DeviceId(same[1].device)] == frozenset({2, 3})
+    assert all(not stage.parts for stage in wanted(same, same, tied=True))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "wanted"),
+    [
+        ("", "ab", {}),
+        ("ab", "ba", {0: 1, 1: 0}),
+        ("abc", "cb", {0: 2, 1: 1}),
+        ("aba", "aba", {0: 0, 1: 1, 2: 2}),  # a has both ends
+        ("ab", "aba", {0: 0, 1: 1}),
+        ("ba", "aba", {1: 0, 2: 1}),
+        ("aba", "ba", {0: 1, 1: 2}),
+        ("aba", "ab", {0: 0, 1: 1}),
+    ],
+)
+def test_a_device_goes_on_with_the_end_that_it_had(
+    old: str, new: str, wanted: dict[int, int]
+) -> None:
+    assert continued([DeviceId(d) for d in old], [DeviceId(d) for d in new]) == wanted
