@@ -47,7 +47,7 @@ class Program:
 
 # Sizes that free dimensions have while a program is made: all different, and over 1,
 # because export treats 0 and 1 as special.
-EXAMPLE_SIZES = {"b": 2, "T": 3, "C": 5, "K": 7, "M": 1009, "R": 11}
+EXAMPLE_SIZES = {"b": 2, "T": 3, "C": 5, "K": 7, "M": 1009}
 
 
 def example_shape(port: Port) -> tuple[int, ...]:

@@ -14,10 +14,11 @@ from confidantd.compiler.program import Port, Program, Traced, Values, gradients
 from confidantd.compiler.tracing import unit_programs, whole_program
 from confidantd.compiler.units import training_units
 from confidantd.models.layout import embedding_layout, head_layout
-from confidantd.models.parts import ROWS
-from confidantd.models.spec import BlockSpec, ProgramRequest
+from confidantd.models.parts import TOKENS
+from confidantd.models.spec import ProgramRequest
 
 IGNORED_LABEL = -100  # as in torch.nn.functional.cross_entropy
+TABLE = "head.weight"
 
 
 def _vjp(function: Callable[[Values], Tensor], values: dict[str, Tensor]) -> tuple[Tensor, Any]:
@@ -31,20 +32,7 @@ def training_programs(request: ProgramRequest) -> list[Program | Traced]:
     units = [p for unit in training_units(request) for p in unit_programs(unit, request)]
     if request.split:
         return [*units]
-    programs: list[Program | Traced] = [_embedding_forward(request), *units, *_head(request)]
-    if request.method == "full":
-        programs.append(_embedding_backward(request))
-    return programs
-
-
-def _hidden(request: ProgramRequest, name: str, role: str = "activation") -> Port:
-    shape = (request.microbatch_size, request.sequence_length, request.model.block.hidden)
-    return Port(name, "gradient" if role == "gradient" else "activation", shape)
-
-
-def _ids(request: ProgramRequest, name: str) -> Port:
-    shape = (request.microbatch_size, request.sequence_length)
-    return Port(name, "labels" if name == "labels" else "ids", shape, "int64")
+    return [_embedding_forward(request), *units, *head_programs(request)]
 
 
 def embed(ids: Tensor, weights: Values) -> Tensor:
@@ -56,87 +44,82 @@ def embed(ids: Tensor, weights: Values) -> Tensor:
 
 
 def _embedding_forward(request: ProgramRequest) -> Program:
+    shape = (request.microbatch_size, request.sequence_length)
     return Program(
         "embedding_forward",
-        (_ids(request, "ids"), *ports(embedding_layout(request.model))),
-        (_hidden(request, "y"),),
+        (Port("ids", "ids", shape, "int64"), *ports(embedding_layout(request.model))),
+        (Port("y", "activation", (*shape, request.model.block.hidden)),),
         lambda values: {"y": embed(values["ids"], values)},
     )
 
 
-def _embedding_backward(request: ProgramRequest) -> Program:
-    layout = embedding_layout(request.model)
+def next_token_loss(h: Tensor, values: Values) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of normed hidden states h [T, D] and labels [T], each the next token or ignored: the
+    summed negative log-likelihood (nats; scalar); exponentials of the logits [T, V], less
+    the largest of each token; their sums [T, 1]; and the head's rows of the labels [T, D].
 
-    def compute(values: Values) -> Values:
-        # the gradient of a lookup does not depend on the table, so zeros stand in for it
-        tables = {p.name: torch.zeros(p.shape) for p in layout}
-        _, backward = _vjp(lambda t: embed(values["ids"], t), tables)
-        found = backward(values["dy"])
-        return {f"gradient.{name}": tensor for name, tensor in found.items()}
-
-    inputs = (_hidden(request, "dy", "gradient"), _ids(request, "ids"))
-    outputs = gradients(layout)
-    return Program("embedding_backward", inputs, outputs, compute, differentiates=True)
-
-
-def head_logits(x: Tensor, weights: Values, spec: BlockSpec) -> Tensor:
-    """Logits [B, S, V] of hidden states x [B, S, D]."""
-    return maths.norm(x, "norm", weights, spec) @ weights["head.weight"].t()
-
-
-def next_token_loss(logits: Tensor, labels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Of labels [B, S] one position ahead: the summed negative log-likelihood (nats; scalar),
-    and its gradient by the logits [B, S, V], both times `scale`.
-
-    The gradient of a cross-entropy is the softmax less one at the label. The last position
-    has no label; it is computed and does not count, which costs less than a copy of the rest.
+    Written so that two tensors [T, V] are alive at most: the logit of the label is not
+    picked from them, but multiplied once more.
     """
-    none = torch.full_like(labels[:, :1], IGNORED_LABEL)
-    target = torch.cat([labels[:, 1:], none], 1)
-    counted = target != IGNORED_LABEL
-    target = torch.where(counted, target, 0).unsqueeze(-1)
-    weight = counted * scale
-    log_probabilities = torch.log_softmax(logits, -1)
-    found = log_probabilities.gather(-1, target).squeeze(-1) * weight
-    at_label = (torch.arange(logits.shape[-1]) == target).float()
-    gradient = (log_probabilities.exp() - at_label) * weight.unsqueeze(-1)
+    logits = h @ values[TABLE].t()
+    most = logits.amax(-1, keepdim=True)
+    exponentials = torch.exp(logits - most)
+    total = exponentials.sum(-1, keepdim=True)
+    labels = torch.where(values["labels"] != IGNORED_LABEL, values["labels"], 0)
+    rows = functional.embedding(labels, values[TABLE])
+    losses = (most + torch.log(total) - (h * rows).sum(-1, keepdim=True)) * _weights(values)
     # over one axis: one of OpenVINO's builds cannot sum to a scalar
-    return -found.reshape(1, -1).sum(1).squeeze(0), gradient
+    return losses.reshape(1, -1).sum(1).squeeze(0), exponentials, total, rows
 
 
-def _head(request: ProgramRequest) -> tuple[Program, Traced]:
-    """For any number of rows R, so that rows may be shared out; losses and gradients add up."""
+def _weights(values: Values) -> Tensor:
+    """What each token's loss is multiplied by [T, 1]: the scale, or 0 where it has no label."""
+    counted = (values["labels"] != IGNORED_LABEL).unsqueeze(-1).float()
+    return counted * values["scale"] if "scale" in values else counted
+
+
+def head_programs(request: ProgramRequest) -> tuple[Program, Traced]:
+    """For any number of tokens T, so that they may come in chunks and be shared out: losses and
+    gradients add up.
+
+    The gradient of a cross-entropy by the logits is the softmax less one at the label. Its
+    product with the table, and with the hidden states for the table's gradient, are each
+    made of these two terms. The first is added to `sum.head.weight` within the product; the
+    second is a row a token, `label_rows`, to subtract from the label's row.
+    """
     spec, layout = request.model.block, head_layout(request.model)
-    trained = [p.name for p in layout] if request.method == "full" else []
+    full = request.method == "full"
+    norm = [p.name for p in layout if p.name != TABLE and full]
 
     def backward(values: Values) -> Values:
-        moving = {name: values[name] for name in ("x", *trained)}
-        logits, vjp = _vjp(lambda m: head_logits(m["x"], {**values, **m}, spec), moving)
-        loss, gradient = next_token_loss(logits, values["labels"], values["scale"])
-        found = vjp(gradient)
-        named = {f"gradient.{name}": found[name] for name in trained}
+        moving = {name: values[name] for name in ("x", *norm)}
+        h, vjp = _vjp(lambda m: maths.norm(m["x"], "norm", {**values, **m}, spec), moving)
+        loss, exponentials, total, rows = next_token_loss(h, values)
+        weight = _weights(values)
+        found = vjp((exponentials @ values[TABLE]) * (weight / total) - rows * weight)
+        named = {f"gradient.{name}": found[name] for name in norm}
+        if full:
+            named[f"gradient.{TABLE}"] = torch.addmm(
+                values[f"sum.{TABLE}"], exponentials.t(), h * (weight / total)
+            )
+            named["label_rows"] = h * weight
         return {"loss": loss, "dx": found["x"]} | named
 
     def evaluate(values: Values) -> Values:
-        logits = head_logits(values["x"], values, spec)
-        return {"loss": next_token_loss(logits, values["labels"], torch.ones(()))[0]}
+        h = maths.norm(values["x"], "norm", values, spec)
+        return {"loss": next_token_loss(h, values)[0]}
 
-    hidden = (ROWS, request.sequence_length, request.model.block.hidden)
+    hidden = (TOKENS, spec.hidden)
     x, weights = Port("x", "activation", hidden), ports(layout)
-    labels = Port("labels", "labels", (ROWS, request.sequence_length), "int64")
+    labels = Port("labels", "labels", (TOKENS,), "int64")
     loss, scale = Port("loss", "loss", ()), Port("scale", "scale", ())
-    found = gradients(layout if trained else ())
+    dx, inputs = Port("dx", "gradient", hidden), (x, labels, scale, *weights)
+    outputs: tuple[Port, ...] = (loss, dx)
+    if full:
+        (table,) = (p for p in layout if p.name == TABLE)
+        inputs = (*inputs, Port(f"sum.{TABLE}", "gradient", table.shape))
+        outputs = (loss, dx, Port("label_rows", "gradient", hidden), *gradients(layout))
     return (
-        Program(
-            "head_loss",
-            (x, labels, *weights),
-            (loss,),
-            evaluate,
-        ),
-        whole_program(
-            "head_backward",
-            (x, labels, scale, *weights),
-            (loss, Port("dx", "gradient", hidden), *found),
-            backward,
-        ),
+        Program("head_loss", (x, labels, *weights), (loss,), evaluate),
+        whole_program("head_backward", inputs, outputs, backward),
     )

@@ -83,10 +83,10 @@ class DecodeStage:
         if self._team is not None:
             self._team.close()
 
-    def forward(self, sequence: int, x: NDArray[Any]) -> Floats:
+    def forward(self, sequence: int, x: NDArray[Any], *, last: bool = True) -> Floats:
         """Ids [1, T] (embedding stage) or hidden states [1, T, D] that follow what the
         sequence's cache holds. Gives hidden states [1, T, D]; on the head stage the logits [V]
-        of the last position.
+        of the last position, unless the prompt goes on after it, so that it is not `last`.
         """
         cache = self._sequences.get(sequence)
         if cache is None:
@@ -99,7 +99,7 @@ class DecodeStage:
         for layer, block in enumerate(self._blocks):
             x = self._runner.forward(x, layer, block, cache)
         cache.length = past + steps
-        if not self._spec.head:
+        if not self._spec.head or not last:
             return x
         logits: Floats = self._programs["head_logits"].run({"x": x[:, -1:]}, self._head)["logits"][
             0

@@ -171,9 +171,6 @@ def load_programs(
     """The programs `names`, on the CPU unless another backend is given.
 
     `sizes` fixes free dimensions.
-
-    `embedding_backward` gets one thread: it adds rows of repeated tokens to one place,
-    which threads would do in a race.
     """
     missing = sorted(names - paths.keys())
     if missing:
@@ -183,10 +180,7 @@ def load_programs(
         name: EngineProgram(
             paths[name],
             found,
-            SessionSetting(
-                threads=1 if name == "embedding_backward" else threads,
-                dimensions=fixed_dimensions(paths[name], sizes or {}),
-            ),
+            SessionSetting(threads, fixed_dimensions(paths[name], sizes or {})),
         )
         for name in sorted(names)
     }

@@ -14,7 +14,17 @@ from confidantd.config import Split
 from confidantd.engine.adamw import Step
 from confidantd.engine.backends.base import Backend
 from confidantd.engine.blocks import BlockRunner, FusedBlocks, Saved
+from confidantd.engine.head import (
+    IGNORED_LABEL,
+    HeadPass,
+    flat,
+    head_loss,
+    next_tokens,
+    sizes_of,
+    table_sum,
+)
 from confidantd.engine.program import load_programs
+from confidantd.engine.rows import embedding_backward
 from confidantd.engine.split.choice import Memory
 from confidantd.engine.split.head import SplitHead
 from confidantd.engine.split.scheduled import ScheduledBlocks
@@ -22,13 +32,12 @@ from confidantd.engine.split.team import Report, Team
 from confidantd.engine.tensors import Floats, Reader
 from confidantd.engine.trained_weights import StageWeights, State, no_state
 from confidantd.errors import WorkerError
-from confidantd.models.parts import ROWS
 from confidantd.models.stage_parts import Part
 from confidantd.models.tensors import Source
+from confidantd.planner.memory import head_chunk
 from confidantd.wire.stage import StageSpec
 
 Array = NDArray[Any]
-IGNORED_LABEL = -100
 BLOCK_PROGRAMS = {"block_forward", "block_recompute", "block_backward"}
 HEAD_PROGRAMS = {"head_loss", "head_backward"}
 
@@ -67,6 +76,8 @@ class TrainStage:
     ) -> None:
         self._spec = spec
         self._paths, self._threads, self._backend = programs, threads, backend
+        tokens = spec.microbatch_size * spec.sequence_length
+        self._head_chunk = head_chunk(tokens, spec.model.vocabulary)
         self._team: Team | None = None
         self._split_head: SplitHead | None = None
         self._scheduled: ScheduledBlocks | None = None
@@ -80,11 +91,11 @@ class TrainStage:
     def _load_programs(self) -> None:
         """Those that this stage runs, on one backend."""
         spec, paths, threads, backend = self._spec, self._paths, self._threads, self._backend
-        sizes = {ROWS: spec.microbatch_size}
+        embedding = {"embedding_forward"} if spec.embedding else set()
         head = HEAD_PROGRAMS if spec.head else set()
         self._programs = {
-            **load_programs(paths, _embedding(spec), threads),
-            **load_programs(paths, head, threads, backend, sizes),
+            **load_programs(paths, embedding, threads),
+            **load_programs(paths, head, threads, backend, sizes_of(self._head_chunk)),
         }
         self._blocks: BlockRunner | None = None
         if spec.past_last_layer > spec.first_layer:
@@ -177,25 +188,22 @@ class TrainStage:
         if kept.ids is None:
             return dx
         if self._spec.training == "full":
-            group = self._weights.embedding
-            feeds = {"dy": dx, "ids": kept.ids}
-            program = self._programs["embedding_backward"]
-            group.add_gradients(program.run(feeds, into=group.gradient_targets()))
+            embedding_backward(dx, kept.ids, self._weights.embedding)
         return None
 
     def _head_backward(self, microbatch: int, x: Floats) -> Floats:
         labels, scale = self._labels.pop(microbatch)
         head = self._weights.head
-        feeds = {"x": x, "labels": labels, "scale": scale}
         if self._split_head is not None:
             loss, dx = self._split_head.run(x, labels, scale, head)
             self._loss += loss
             return dx
-        targets = head.gradient_targets()
-        found = self._programs["head_backward"].run(feeds, head.weights, into=targets)
-        head.add_gradients(found)
-        self._loss += float(found["loss"])
-        return found["dx"]
+        dx, wanted = np.empty_like(flat(x)), next_tokens(labels)
+        work = HeadPass(self._head_chunk, flat(x), wanted, scale, dx, table_sum(head))
+        work.run(self._programs["head_backward"], head.weights)
+        head.add_gradients(work.gradients)
+        self._loss += work.loss
+        return dx.reshape(x.shape)
 
     def loss(self) -> float:
         """Head stage: the loss of this step's microbatches so far (already scaled)."""
@@ -214,9 +222,9 @@ class TrainStage:
             return x, None
         if labels is None:
             raise WorkerError("the head stage cannot evaluate without labels")
-        feeds = {"x": x, "labels": labels}
-        loss = self._programs["head_loss"].run(feeds, self._weights.head.weights)["loss"]
-        return None, (float(loss), int((labels[:, 1:] != IGNORED_LABEL).sum()))
+        wanted, weights = next_tokens(labels), self._weights.head.weights
+        loss = head_loss(self._programs["head_loss"], self._head_chunk, flat(x), wanted, weights)
+        return None, (loss, int((wanted != IGNORED_LABEL).sum()))
 
     def tied_gradient(self) -> Floats | None:
         """This end's gradient [V, D] of a trained tied table whose other end is elsewhere."""
@@ -263,10 +271,3 @@ class TrainStage:
         saved = [s for kept in self._kept.values() for s in kept.saved if s is not None]
         held = sum(a.nbytes for a in inputs) + sum(s.bytes for s in saved)
         return self._weights.resident_bytes() | {"kept": held}
-
-
-def _embedding(spec: StageSpec) -> set[str]:
-    """Names of the embedding's programs that a stage runs."""
-    if not spec.embedding:
-        return set()
-    return {"embedding_forward"} | ({"embedding_backward"} if spec.training == "full" else set())

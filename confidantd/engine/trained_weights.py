@@ -67,6 +67,14 @@ class Trained:
             target[...] = found
         self._filled.add(first)
 
+    def accumulator(self) -> Floats:
+        """This step's gradient so far, zeros if there is none, for who adds to it in place."""
+        whole = self.rows(0, len(self.weight))
+        if not self._filled:
+            whole.fill(0.0)
+            self._filled.add(0)
+        return whole
+
     def clear(self) -> None:
         """Start the next step."""
         self._filled.clear()

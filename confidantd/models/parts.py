@@ -14,7 +14,7 @@ from confidantd.models.spec import BlockSpec, LoraSpec, ModelSpec
 from confidantd.models.tensors import target_linears
 
 GROUPS, COLUMNS = "K", "M"  # the free dimensions of part programs
-ROWS = "R"  # the free dimension of the head's: sequences of a microbatch
+TOKENS = "T"  # the free dimension of the head's: tokens of a microbatch
 
 
 @dataclass(frozen=True, slots=True)

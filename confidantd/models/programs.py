@@ -11,7 +11,7 @@ from confidantd.models.tensors import block_parameters
 from confidantd.wire.codec import to_map
 
 MANIFEST_KEY = "confidant.manifest"  # in the metadata of a program: its inputs and outputs
-COMPILER_VERSION = "9"  # raise it whenever the compiler would write other programs
+COMPILER_VERSION = "10"  # raise it whenever the compiler would write other programs
 
 LEAST_SPLIT_FLOPS = 1e8  # of a block's forward: under 1 ms on a phone's core, less than a join
 LEAST_SPLIT_PARAMETERS = 5e6  # of a block in generation: a token reads them once, in 1 to 4 ms
@@ -55,12 +55,12 @@ def request_key(request: ProgramRequest) -> Digest:
 
 
 def program_names(request: ProgramRequest) -> tuple[str, ...]:
-    """The programs of a request; a frozen embedding needs no backward."""
+    """The programs of a request."""
     if request.purpose == "generate":
         return _GENERATE_SPLIT if request.split else _GENERATE
     if request.split:
         return _TRAIN_SPLIT
-    return _TRAIN if request.method == "lora" else (*_TRAIN, "embedding_backward")
+    return _TRAIN
 
 
 def worth_splitting(request: ProgramRequest) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,12 +26,14 @@ class Exchange:
         self.busy_seconds = 0.0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
 
-    async def compute(self, work: Callable[..., _T], *arguments: Any) -> _T:
-        """Run `work(*arguments)` on the compute thread."""
+    async def compute(self, work: Callable[..., _T], *arguments: Any, **named: Any) -> _T:
+        """Run `work(*arguments, **named)` on the compute thread."""
         started = time.perf_counter()
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._thread, work, *arguments)
+            return await loop.run_in_executor(
+                self._thread, functools.partial(work, *arguments, **named)
+            )
         finally:
             self.busy_seconds += time.perf_counter() - started
 

@@ -77,7 +77,7 @@ class Generator:
 
     async def _forward(self, sequence: int, x: NDArray[np.generic], *, last: bool) -> None:
         """One step of this stage; `last` says that the head shall choose a token after it."""
-        y = await self._exchange.compute(self._stage.forward, sequence, x)
+        y = await self._exchange.compute(self._stage.forward, sequence, x, last=last)
         if not self._place.spec.head:
             target = self._place.stage + 1
             await self._exchange.send(target, FrameKind.HIDDEN, sequence, int(last), y)

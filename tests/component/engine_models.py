@@ -185,11 +185,13 @@ class Decoder:
 
     stages: Sequence[DecodeStage]
 
-    def logits(self, ids: Sequence[int], sequence: int = 0) -> NDArray[np.float32]:
-        """Logits [V] after `ids`, which continue the sequence."""
+    def logits(
+        self, ids: Sequence[int], sequence: int = 0, *, last: bool = True
+    ) -> NDArray[np.float32]:
+        """Logits [V] after `ids`, which continue the sequence; hidden states if not `last`."""
         x: NDArray[Any] = np.array([ids], np.int64)
         for stage in self.stages:
-            x = stage.forward(sequence, x)
+            x = stage.forward(sequence, x, last=last)
         return x
 
     def greedy(self, prompt: Sequence[int], count: int, sequence: int = 0) -> list[int]:

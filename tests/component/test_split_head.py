@@ -1,4 +1,4 @@
-"""The head's rows over several backends: the same loss and gradients, whatever fails and when."""
+"""The head's tokens over several backends: the same loss and gradients, whatever fails and when."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from tests.component.test_split_blocks import Failing, Wrong
 from tests.programs import programs_for
 
 TOLERANCE = 1e-5
+ALL = ROWS * TOKENS
 
 
 class HeadModel:
@@ -96,7 +97,7 @@ def test_rows_are_done_again_where_a_backend_fails(model: HeadModel, good_runs: 
     wanted = whole(model)
     model.heard.notices.clear()
     failing = Failing(1_000)
-    way = Way((("cpu", 1), ("failing", 1)))
+    way = Way((("cpu", 10), ("failing", 14)))
     with model.team([CpuBackend(), failing]) as team:
         head = model.split(team, way)
         failing.left = good_runs
@@ -110,7 +111,7 @@ def test_a_backend_that_failed_in_the_blocks_gets_no_rows(model: HeadModel) -> N
     wanted = whole(model)
     failing = Failing(1_000)
     with model.team([CpuBackend(), failing]) as team:
-        head = model.split(team, Way((("cpu", 1), ("failing", 1))))
+        head = model.split(team, Way((("cpu", 10), ("failing", 14))))
         team.leave_out("failing", BackendError("the driver is gone"))
         failing.left = 0
         assert_equal(model.run(head), wanted)
@@ -121,7 +122,7 @@ def test_only_the_backend_that_failed_is_left_out(model: HeadModel) -> None:
     first, second = Failing(1_000), Failing(1_000)
     first.name, second.name = "first", "second"
     with model.team([CpuBackend(), first, second]) as team:
-        head = model.split(team, Way((("first", 1), ("second", 1))))
+        head = model.split(team, Way((("first", 10), ("second", 14))))
         second.left = 0
         assert_equal(model.run(head), wanted)
         assert team.left_out == ["second"]
@@ -131,7 +132,7 @@ def test_whole_heads_only_where_nothing_may_be_shared(model: HeadModel) -> None:
     """Of remembered times in which sharing is fastest."""
     backends = [CpuBackend(), Failing(1_000)]
     names = ("cpu", "failing")
-    ways = tuple(ways_of(ROWS, names))
+    ways = tuple(ways_of(ALL, names))
     for split in ("auto", "never"):
         model.heard.kept = to_json(ways, [0.2 if way.alone else 0.1 for way in ways])
         with model.team(backends) as team:
@@ -142,7 +143,7 @@ def test_a_way_that_comes_out_wrong_now_is_not_taken(model: HeadModel) -> None:
     """It was right when it was measured, under another driver."""
     wanted = whole(model)
     wrong = Wrong("dx")
-    ways = tuple(ways_of(ROWS, ("cpu", "wrong")))
+    ways = tuple(ways_of(ALL, ("cpu", "wrong")))
     model.heard.kept = to_json(ways, [0.2 if way.alone else 0.1 for way in ways])
     with model.team([CpuBackend(), wrong]) as team:
         assert_equal(model.run(model.split(team, None)), wanted)
@@ -154,11 +155,11 @@ def test_what_was_measured_is_remembered(model: HeadModel) -> None:
     counted = Failing(1_000)
     with model.team([CpuBackend(), counted]) as team:
         first = model.split(team, None)._way
-        assert model.heard.measured == (3, 3)
+        assert model.heard.measured == (8, 8)
         model.heard.measured = (0, 0)
         assert model.split(team, None)._way == first
         assert model.heard.measured == (0, 0)
     counted.name = "another"
     with model.team([CpuBackend(), counted]) as team:
         model.split(team, None)
-        assert model.heard.measured == (3, 3)
+        assert model.heard.measured == (8, 8)

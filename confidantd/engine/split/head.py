@@ -1,7 +1,7 @@
-"""The LM head's loss and gradients over rows that backends share out.
+"""The LM head's loss and gradients over tokens that backends share out.
 
-Losses and the gradients of weights add up over sequences, so each backend takes some
-rows of a microbatch. Which way is fastest is measured once, when the stage is loaded.
+Losses and the gradients of weights add up over tokens, so each backend takes some tokens
+of a microbatch. Which way is fastest is measured once, when the stage is loaded.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from confidantd.config import Split
 from confidantd.engine.backends.cpu import CpuBackend
+from confidantd.engine.head import TABLE, HeadPass, flat, next_tokens, table_sum
 from confidantd.engine.program import EngineProgram
 from confidantd.engine.split.choice import Memory
 from confidantd.engine.split.head_ways import Way, best_way, remembered_seconds, to_json, ways_of
@@ -28,7 +29,8 @@ from confidantd.engine.split.team import NO_COUNT, Report, Team
 from confidantd.engine.tensors import Floats
 from confidantd.engine.trained_weights import Group
 from confidantd.errors import BackendError
-from confidantd.models.parts import ROWS
+from confidantd.models.parts import TOKENS
+from confidantd.planner.memory import head_chunk
 from confidantd.wire.stage import StageSpec
 
 UNIT = "head"
@@ -37,7 +39,6 @@ ROUNDS = 2
 BUDGET_SECONDS = 60.0
 
 Array = NDArray[Any]
-Outputs = dict[str, Array]
 
 
 class SplitHead:
@@ -57,9 +58,10 @@ class SplitHead:
         split: Split = "auto",
     ) -> None:
         self._team = team
+        self._vocabulary = spec.model.vocabulary
         ways = tuple(
             way
-            for way in ways_of(spec.microbatch_size, team.names)
+            for way in ways_of(spec.microbatch_size * spec.sequence_length, team.names)
             if way.alone or team.can_split(PROGRAM)
         )
         right = self._results(ways[0], spec, head)
@@ -101,14 +103,14 @@ class SplitHead:
         team, times = self._team, []
         try:
             results = self._results(way, spec, head)
-            if way.shares[0] != (CpuBackend.name, spec.microbatch_size):
+            if way != _on_cpu(way):
                 check("head", results, right)
             for _ in range(ROUNDS):
                 started = time.perf_counter()
                 self._results(way, spec, head)
                 times.append(time.perf_counter() - started)
         except BackendError:
-            if way.shares[0] == (CpuBackend.name, spec.microbatch_size):
+            if way == _on_cpu(way):
                 raise
             return None
         finally:  # the programs of all ways would take several times the memory of the head
@@ -119,12 +121,12 @@ class SplitHead:
 
     def _results(self, way: Way, spec: StageSpec, head: Group) -> Sampled:
         """Samples of what one run on random tokens gives."""
-        shape = (spec.microbatch_size, spec.sequence_length, spec.model.block.hidden)
+        shape = (spec.microbatch_size * spec.sequence_length, spec.model.block.hidden)
         generator = np.random.default_rng(0)
         x = generator.standard_normal(shape, np.float32)
-        labels = generator.integers(0, spec.model.vocabulary, shape[:2])
+        wanted = generator.integers(0, spec.model.vocabulary, shape[0])
         try:
-            _, dx = self._run(way, x, labels, np.array(1.0, np.float32), head)
+            _, dx = self._run(way, x, wanted, np.array(1.0, np.float32), head)
             found = {n: t.gradient for n, t in head.trained.items() if t.gradient is not None}
             return sampled({"dx": dx, **found})
         finally:
@@ -132,100 +134,97 @@ class SplitHead:
                 trained.clear()
 
     def run(self, x: Floats, labels: Array, scale: Array, head: Group) -> tuple[float, Floats]:
-        """Scaled loss, and its gradient by x [b, S, D]; adds to the gradients of the weights."""
+        """Scaled loss of hidden states x [b, S, D] and labels [b, S], and its gradient by x;
+        adds to the gradients of the weights.
+        """
         if any(name in self._team.left_out for name, _ in self._way.shares):
-            rows = sum(rows for _, rows in self._way.shares)
-            self._way = Way(((CpuBackend.name, rows),), alone=True)
-        return self._run(self._way, x, labels, scale, head, again=True)
+            self._way = _on_cpu(self._way)
+        loss, dx = self._run(self._way, flat(x), next_tokens(labels), scale, head, again=True)
+        return loss, dx.reshape(x.shape)
 
     def _run(
         self,
         way: Way,
         x: Floats,
-        labels: Array,
+        wanted: Array,
         scale: Array,
         head: Group,
         *,
         again: bool = False,
     ) -> tuple[float, Floats]:
-        """One run; with `again` the CPU repeats the rows of a backend that fails."""
-        pieces = _pieces(way, x, labels, scale, np.empty_like(x))
-        targets = head.gradient_targets()
-        running = []
-        for index, piece in enumerate(pieces):
-            # the first one writes this step's first gradients in place, the others' are added
-            running.append(self._start(piece, way, head, {} if index else targets))
+        """One run; with `again` the CPU does the rest of a backend that fails."""
+        dx = np.empty_like(x)
+        pieces = self._pieces(way, x, wanted, scale, dx, head)
+        running = [self._start(piece, way, head) for piece in pieces]
         wait(running)  # none may still compute when another one is done again
-        found = [
-            self._result(future, piece, head, {} if index else targets, again=again)
-            for index, (future, piece) in enumerate(zip(running, pieces, strict=True))
-        ]
-        for outputs in found:
-            head.add_gradients(outputs)
-        return float(sum(float(outputs["loss"]) for outputs in found)), pieces[0].whole
+        for future, piece in zip(running, pieces, strict=True):
+            self._finish(future, piece, head, again=again)
+        for piece in pieces:
+            head.add_gradients(piece.work.gradients)
+            if piece.own_table is not None:
+                head.trained[TABLE].add(piece.own_table)
+        return sum(piece.work.loss for piece in pieces), dx
 
-    def _start(
-        self, piece: Piece, way: Way, head: Group, targets: Outputs
-    ) -> Future[tuple[Outputs, float]]:
+    def _pieces(
+        self, way: Way, x: Floats, wanted: Array, scale: Array, dx: Floats, head: Group
+    ) -> list[Piece]:
+        """The first one adds to the gradient of the table in place, the others to their own."""
+        ends = [0, *itertools.accumulate(count for _, count in way.shares)]
+        whole, found = table_sum(head), list[Piece]()
+        for (name, count), first in zip(way.shares, ends[:-1], strict=True):
+            if count:
+                part = slice(first, first + count)
+                own = np.zeros_like(whole) if found and whole is not None else None
+                size = head_chunk(count, self._vocabulary)
+                work = HeadPass(
+                    size, x[part], wanted[part], scale, dx[part], whole if own is None else own
+                )
+                found.append(Piece(name, size, work, own))
+        return found
+
+    def _start(self, piece: Piece, way: Way, head: Group) -> Future[tuple[HeadPass, float]]:
         """On the backend's thread; one that works alone runs here, where all cores are its."""
         team = self._team
         if not way.alone:
             programs = team.parts(piece.name)
             return team.thread(piece.name).start(
                 lambda: _program(programs, piece),
-                lambda program: _compute(program, piece, head, targets),
+                lambda program: piece.work.run(program, head.weights),
             )
-        done: Future[tuple[Outputs, float]] = Future()
+        done: Future[tuple[HeadPass, float]] = Future()
         try:
             program = _program(team.whole(piece.name), piece)
-            done.set_result((_compute(program, piece, head, targets), 0.0))
+            done.set_result((piece.work.run(program, head.weights), 0.0))
         except BackendError as failure:
             done.set_exception(failure)
         return done
 
-    def _result(
-        self,
-        future: Future[tuple[Outputs, float]],
-        piece: Piece,
-        head: Group,
-        targets: Outputs,
-        *,
-        again: bool,
-    ) -> Outputs:
+    def _finish(
+        self, future: Future[tuple[HeadPass, float]], piece: Piece, head: Group, *, again: bool
+    ) -> None:
         try:
-            return future.result()[0]
+            future.result()
         except BackendError as failure:
             if not again or piece.name == CpuBackend.name:
                 raise
             self._team.leave_out(piece.name, failure)
-            return _compute(_program(self._team.cpu, piece), piece, head, targets)
+            piece.work.run(_program(self._team.cpu, piece), head.weights)
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows of one backend: what it is fed, and where its part of the gradient by x goes."""
+    """The tokens of one backend, `size` at a time, and its own sum of the table's gradient."""
 
     name: str
-    feeds: Outputs
-    dx: Floats
-    whole: Floats  # the gradient by x of all rows
-
-
-def _pieces(way: Way, x: Floats, labels: Array, scale: Array, dx: Floats) -> list[Piece]:
-    ends = [0, *itertools.accumulate(rows for _, rows in way.shares)]
-    found = []
-    for (name, rows), first in zip(way.shares, ends[:-1], strict=True):
-        if rows:
-            part = slice(first, first + rows)
-            feeds = {"x": x[part], "labels": labels[part], "scale": scale}
-            found.append(Piece(name, feeds, dx[part], dx))
-    return found
+    size: int
+    work: HeadPass
+    own_table: Floats | None
 
 
 def _program(programs: BackendPrograms, piece: Piece) -> EngineProgram:
-    return programs.get(PROGRAM, ROWS, len(piece.dx))
+    return programs.get(PROGRAM, TOKENS, piece.size)
 
 
-def _compute(program: EngineProgram, piece: Piece, head: Group, targets: Outputs) -> Outputs:
-    """Losses and gradients of one piece."""
-    return program.run(piece.feeds, head.weights, into={"dx": piece.dx, **targets})
+def _on_cpu(way: Way) -> Way:
+    """All tokens on the CPU alone."""
+    return Way(((CpuBackend.name, sum(count for _, count in way.shares)),), alone=True)

@@ -1,4 +1,4 @@
-"""The ways to share the rows of the head out, and what is remembered of their times."""
+"""The ways to share the tokens of the head out, and what is remembered of their times."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from confidantd.config import Split
 from confidantd.engine.split.choice import Memory
 from confidantd.planner.heads import LEAST_GAIN
 
-MOST_WAYS = 6  # compositions of rows that are measured
+MOST_WAYS = 6  # compositions that are measured
+TILES = 8  # that tokens are shared out in: an eighth of a head is what a share may be off
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Way:
-    """Backends and their rows; with `alone` the one backend has all rows, and all threads."""
+    """Backends and their tokens; with `alone` the one backend has all, and all threads."""
 
     shares: tuple[tuple[str, int], ...]
     alone: bool = False
@@ -39,11 +40,15 @@ def remembered_seconds(memory: Memory, ways: Sequence[Way]) -> list[float | None
     return seconds if same and cpu is not None else None
 
 
-def ways_of(rows: int, names: tuple[str, ...]) -> Iterator[Way]:
+def ways_of(tokens: int, names: tuple[str, ...]) -> Iterator[Way]:
     """Each backend alone, then the more even compositions of two or more."""
-    yield from (Way(((name, rows),), alone=True) for name in names)
-    cuts = itertools.combinations_with_replacement(range(rows + 1), len(names) - 1)
-    found = [tuple(b - a for a, b in itertools.pairwise((0, *cut, rows))) for cut in cuts]
+    yield from (Way(((name, tokens),), alone=True) for name in names)
+    tiles = min(TILES, tokens)
+    ends = [tokens * tile // tiles for tile in range(tiles + 1)]
+    cuts = itertools.combinations_with_replacement(range(tiles + 1), len(names) - 1)
+    found = [
+        tuple(ends[b] - ends[a] for a, b in itertools.pairwise((0, *cut, tiles))) for cut in cuts
+    ]
     shared = [shares for shares in found if sum(share > 0 for share in shares) > 1]
     shared.sort(key=lambda shares: sum(share * share for share in shares))
     for shares in shared[:MOST_WAYS]:
