@@ -43,6 +43,11 @@ _shape = options(  # what changes a plan
         help="Tokens a sequence. [default: 128]",
     ),
     _devices,
+    click.option(
+        "--owner-ends",
+        type=click.Choice(["auto", "always", "never"]),
+        help="Keep text and labels here: embedding and head both on this device. [default: auto]",
+    ),
 )
 _course = options(  # what changes the result
     click.option("--task", type=click.Choice(["causal-lm"]), help="[default: causal-lm]"),

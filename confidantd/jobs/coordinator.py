@@ -139,6 +139,7 @@ class Coordinator:
             owner,
             use_all=bool(request.devices),
             layers=request.layers,
+            ends=request.owner_ends,
             explain=explain,
         )
         peers, exempt = self._swarm.peers(), exempt_from_policy(request, owner)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from confidantd.errors import DataError, ModelError, OutputError, ProtocolError, UsageError
 from confidantd.wire.codec import from_map
+from confidantd.wire.jobs import OwnerEnds
 
 _T = TypeVar("_T")
 
@@ -50,12 +51,14 @@ class TrainOptions:
     eval_every: int | None = None
     devices: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
+    owner_ends: OwnerEnds = "auto"
 
     def check(self) -> None:
         """Raise what is wrong with the options themselves; files are looked at later."""
         _one_of("--task", self.task, TASKS)
         _one_of("--method", self.method, METHODS)
         _one_of("--schedule", self.schedule, SCHEDULES)
+        _one_of("--owner-ends", self.owner_ends, get_args(OwnerEnds))
         if self.steps is not None and self.epochs is not None:
             raise UsageError("--steps and --epochs exclude each other")
         for name in ("steps", "epochs", "batch_size", "microbatches", "rank", "eval_every"):
@@ -111,6 +114,7 @@ class PlanOptions:
     max_new_tokens: int = DEFAULT_NEW_TOKENS
     devices: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
+    owner_ends: OwnerEnds = "auto"
     what_if: str | None = None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
@@ -96,17 +97,14 @@ def kept_seconds(
 
 
 def kept_layers(current: Sequence[CurrentStage], plan: Plan) -> dict[DeviceId, tuple[int, int]]:
-    """Of each device of a plan: how many layers of its stage it has already, and of how many."""
-    ends = itertools.accumulate((stage.layers for stage in current), initial=0)
-    there = {
-        s.device: range(a, b) for s, (a, b) in zip(current, itertools.pairwise(ends), strict=True)
-    }
-    found = {}
-    for stage in plan.stages:
-        layers = range(stage.first_layer, stage.past_last_layer)
-        has = len(set(layers) & set(there.get(stage.device, ())))
-        found[stage.device] = (has, len(layers))
-    return found
+    """Of each device of a plan: how many of its layers it has already, and how many they are."""
+    starts = itertools.accumulate((stage.layers for stage in current), initial=0)
+    there, wanted = defaultdict[DeviceId, set[int]](set), defaultdict[DeviceId, set[int]](set)
+    for stage, first in zip(current, starts, strict=False):
+        there[stage.device] |= set(range(first, first + stage.layers))
+    for planned in plan.stages:
+        wanted[planned.device] |= set(range(planned.first_layer, planned.past_last_layer))
+    return {d: (len(layers & there[d]), len(layers)) for d, layers in wanted.items()}
 
 
 def plan_workload(request: PlanRequest) -> Workload:

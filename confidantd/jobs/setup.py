@@ -21,7 +21,7 @@ from confidantd.models.folder import ModelFolder, read_model
 from confidantd.models.safetensors import TensorLocation
 from confidantd.models.spec import LoraSpec, Method, ModelSpec, ProgramRequest
 from confidantd.models.tensors import check_targets, default_targets
-from confidantd.wire.jobs import PlanRequest
+from confidantd.wire.jobs import OwnerEnds, PlanRequest
 
 DEFAULT_RANK = 8
 DEFAULT_ALPHA = 16.0
@@ -39,6 +39,7 @@ class Workload:
     microbatches: int
     sequence_length: int
     layers: tuple[int, ...] = ()  # of each device, where the user insists
+    owner_ends: OwnerEnds = "auto"
 
     @property
     def spec(self) -> ModelSpec:
@@ -60,6 +61,7 @@ class Workload:
             sequence_length=self.sequence_length,
             devices=devices,
             layers=self.layers,
+            owner_ends=self.owner_ends,
         )
 
     def program_request(self) -> ProgramRequest:
@@ -98,6 +100,7 @@ def train_workload(options: TrainOptions | PlanOptions) -> Workload:
         checked.microbatch_count,
         length,
         options.layers,
+        options.owner_ends,
     )
 
 

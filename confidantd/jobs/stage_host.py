@@ -50,6 +50,8 @@ from confidantd.wire.worker import (
 
 _log = logging.getLogger(__name__)
 
+TURNS = "turns"  # the file that the stages of one job on this device lock
+
 
 class StageHost:
     """Answers `stage.*` requests on this device."""
@@ -168,6 +170,7 @@ class StageHost:
     ) -> StageStarted:
         if held.process is None:
             log = self._home / "logs" / f"worker-{assignment.job}-{assignment.stage}.log"
+            await asyncio.to_thread(self._job_folder(held).mkdir, parents=True, exist_ok=True)
             hear = _Hearer(self._peers, self._store, self._speeds, held).hear
             held.process = await StageProcess.start(log, hear)
             await asyncio.to_thread(self._speeds.begin, assignment)
@@ -185,6 +188,7 @@ class StageHost:
             ("cpu",) if assignment.cpu_only else splits.backends(),
             splits.split,
             str(file),
+            str(self._home / "jobs" / assignment.job / TURNS),
         )
 
     async def _command(self, owner: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
@@ -209,8 +213,11 @@ class StageHost:
             return replace(command, folder=str(folder))
         return command
 
+    def _job_folder(self, held: Held) -> Path:
+        return self._home / "jobs" / held.offer.job
+
     def _trained_folder(self, held: Held) -> Path:
-        return self._home / "jobs" / held.offer.job / f"trained-{held.offer.stage}"
+        return self._job_folder(held) / f"trained-{held.offer.stage}"
 
     def _seen_from_here(self, address: StageAddress) -> StageAddress:
         """The address of this device's own connection to the peer beats the owner's view of it."""
@@ -231,8 +238,9 @@ class StageHost:
                 await asyncio.to_thread(self._speeds.save, held.process.assignment)
         await self._forget_trained(held)
         self._grants_changed()
-        with contextlib.suppress(OSError):
-            await asyncio.to_thread(_remove_folder, self._trained_folder(held))
+        job = held.offer.job
+        last = job not in self.jobs()
+        await asyncio.to_thread(_remove, self._trained_folder(held), self._job_folder(held), last)
 
     async def _forget_trained(self, held: Held) -> None:
         for digest in held.trained:
@@ -278,7 +286,16 @@ class _Hearer:
         return replace(found, tensors=tuple(tensors))
 
 
-def _remove_folder(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
+def _remove(trained: Path, job: Path, last: bool) -> None:
+    """What a stage has written; with the job's `last` stage here also what all of them share.
+
+    The owner's record of the job, which lies there too, stays.
+    """
+    with contextlib.suppress(OSError):
+        for path in trained.iterdir():
+            path.unlink()
+        trained.rmdir()
+    if last:
+        with contextlib.suppress(OSError):
+            (job / TURNS).unlink(missing_ok=True)
+            job.rmdir()

@@ -95,6 +95,7 @@ def plan_for(path: str, request: PlanRequest) -> Plan:
         fleet.owner,
         use_all=bool(request.devices),
         layers=request.layers,
+        ends=request.owner_ends,
         explain=True,
     )
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from confidantd.errors import DeviceError, DoesNotFitError
 from confidantd.ids import DeviceId
 from confidantd.planner.costs import PlanDevice, link_cost, stage_cost
+from confidantd.planner.ends import MOST_COST, both_ends, ring_seconds
 from confidantd.planner.memory import stage_memory
 from confidantd.planner.partition import (
     Partition,
@@ -18,11 +19,11 @@ from confidantd.planner.partition import (
     fixed_partition,
     predicted_seconds,
 )
-from confidantd.planner.simulate import simulate
 from confidantd.planner.workload import Form, Workload
 from confidantd.wire.stage import BackendShare
 
 MEGABYTE = 1_000_000
+Ends = Literal["auto", "always", "never"]
 MOST_ALTERNATIVES = 2
 LORA_GUESS = 64  # adapter weights per unit of width: rank 8 on four square projections
 
@@ -146,11 +147,13 @@ def make_plan(
     *,
     use_all: bool = False,
     layers: tuple[int, ...] = (),
+    ends: Ends = "never",
     explain: bool = False,
 ) -> Plan:
     """The fastest plan that fits; `DoesNotFitError` names each device's shortfall.
 
-    With `layers` each of `devices` gets as many, in their order. With `explain` it comes with
+    With `layers` each of `devices` gets as many, in their order. `ends`: whether the owner
+    holds both ends of the model; `auto` if that costs little. With `explain` it comes with
     the next-best ones, which takes longer.
     """
     if use_all and len(devices) > work.layers:
@@ -161,6 +164,8 @@ def make_plan(
         found = fixed_partition(work, devices, layers)
     else:
         found = best_partition(work, devices, owner, use_all=use_all)
+    if found is not None and not layers:
+        found = _with_ends(work, devices, owner, found, ends, use_all=use_all)
     if found is None:
         raise _does_not_fit(work, devices, use_all=use_all)
     tokens = work.tokens * work.microbatches if work.method else 1
@@ -187,6 +192,30 @@ def seconds_of(
     return _seconds(work, found, forms)
 
 
+def _with_ends(
+    work: Workload,
+    devices: Sequence[PlanDevice],
+    owner: DeviceId,
+    best: Partition,
+    ends: Ends,
+    *,
+    use_all: bool,
+) -> Partition:
+    """The best partition, or the one in which the owner keeps both ends."""
+    if ends == "never" or len(best.devices) == 1 or all(d.id != owner for d in devices):
+        return best
+    ring = both_ends(work, devices, owner, best)
+    if ring is None or (use_all and len(ring.devices) <= len(devices)):
+        if ends == "always" and work.method is not None:
+            raise DoesNotFitError(
+                "both ends of the model do not fit on this device beside the others",
+                "train without --owner-ends always",
+            )
+        return best
+    straight = _seconds(work, best, best.forms)
+    return ring if ends == "always" or ring.seconds <= (1 + MOST_COST) * straight else best
+
+
 def _alternatives(
     work: Workload, devices: Sequence[PlanDevice], owner: DeviceId, found: Partition
 ) -> tuple[Alternative, ...]:
@@ -205,33 +234,35 @@ def _seconds(work: Workload, found: Partition, forms: Sequence[Form]) -> float:
     """Of a step as simulated, or of a token."""
     if work.method is None:
         return predicted_seconds(work, found.devices, found.layers)
-    last = len(found.devices) - 1
-    stages = [
-        stage_cost(work, device, layers, head=index == last, embedding=index == 0, form=form)
-        for index, (device, layers, form) in enumerate(
-            zip(found.devices, found.layers, forms, strict=True)
-        )
-    ]
-    links = [link_cost(work, a, b) for a, b in itertools.pairwise(found.devices)]
-    return simulate(stages, links, work.microbatches).seconds
+    return ring_seconds(work, found.devices, found.layers, forms)
 
 
 def _stages(work: Workload, found: Partition) -> tuple[StagePlan, ...]:
-    ends = [0, *itertools.accumulate(found.layers)]
-    return tuple(_stage(work, found, index, first) for index, first in enumerate(ends[:-1]))
+    starts = [0, *itertools.accumulate(found.layers)]
+    stages: list[StagePlan] = []
+    for index, first in enumerate(starts[:-1]):
+        device = found.devices[index].id
+        taken = sum(stage.memory_bytes for stage in stages if stage.device == device)
+        stages.append(_stage(work, found, index, first, taken))
+    return tuple(stages)
 
 
-def _stage(work: Workload, found: Partition, index: int, first: int) -> StagePlan:
-    """The fastest of `_ways` that fits; the last one does, or there would be no partition."""
+def _stage(work: Workload, found: Partition, index: int, first: int, taken: int) -> StagePlan:
+    """The fastest of `_ways` that fits beside the `taken` memory of another stage there; the
+    last one does, or there would be no partition. A device with two stages is planned so.
+    """
     device, layers, stages = found.devices[index], found.layers[index], len(found.devices)
     embedding, head = index == 0, index == stages - 1
-    others = device.backends[1:] if work.splits else ()
-    for form, providers in _ways(len(others)):
+    twice = sum(d.id == device.id for d in found.devices) > 1
+    others = device.backends[1:] if work.splits and not twice else ()
+    room = device.available_bytes - taken
+    ways = ((found.forms[index], 0),) if twice else _ways(len(others))
+    for form, providers in ways:
         memory = stage_memory(
             work, layers, embedding=embedding, head=head, stage=index, stages=stages, form=form,
             providers=providers,
         ).total  # fmt: skip
-        if memory <= device.available_bytes:
+        if memory <= room:
             break
     cost = stage_cost(work, device, layers, head=head, embedding=embedding, form=form)
     return StagePlan(
@@ -242,7 +273,7 @@ def _stage(work: Workload, found: Partition, index: int, first: int) -> StagePla
         embedding=embedding,
         head=head,
         memory_bytes=memory,
-        available_bytes=device.available_bytes,
+        available_bytes=room,
         seconds=cost.forward + cost.backward,
         heads=work.heads,
         columns=work.columns,

@@ -28,6 +28,7 @@ from confidantd.wire.speeds import Speeds
 from confidantd.wire.stage import BackendShare, ProgramEntry
 
 Objective = Literal["train", "generate"]
+OwnerEnds = Literal["auto", "always", "never"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class PlanRequest:
 
     `sequence_length` is the training length, or prompt plus new tokens for generation.
     `layers`: how many each of `devices` gets, in order; empty: the planner's choice.
+    `owner_ends`: whether the owner holds both embedding and head: `auto`, if it costs little.
     `current` are the stages of a job that runs already: their memory is the job's to use.
     `without` are devices that cannot hold a stage of this job, with the reason.
     """
@@ -62,6 +64,7 @@ class PlanRequest:
     sequence_length: int
     devices: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
+    owner_ends: OwnerEnds = "auto"
     current: tuple[CurrentStage, ...] = ()
     without: dict[DeviceId, str] = field(default_factory=dict)
 

@@ -40,7 +40,8 @@ class Load:
 
     `backends` are those to use, the CPU's first; `split` says whether they share blocks:
     where it is faster, always, or never; `split_file` is where this device remembers what
-    it measured of blocks of this shape.
+    it measured of blocks of this shape. `turns_file`: with it this stage and another one of
+    the job on this device take turns at computing.
     """
 
     assignment: StageAssignment
@@ -50,6 +51,7 @@ class Load:
     backends: tuple[str, ...] = ("cpu",)
     split: Split = "auto"
     split_file: str = ""
+    turns_file: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,7 +78,7 @@ class StageWorker:
         load = await self._commands.get()
         if not isinstance(load, Load):
             raise ProtocolError("the first command of a worker must be Load")
-        exchange = Exchange(make_links(load))
+        exchange = Exchange(make_links(load), load.turns_file)
         try:
             self._pipe.send(Listening(await exchange.links.listen(load.hosts)))
             await self._serve(load, exchange)
