@@ -201,8 +201,15 @@ def _with_ends(
     *,
     use_all: bool,
 ) -> Partition:
-    """The best partition, or the one in which the owner keeps both ends."""
-    if ends == "never" or len(best.devices) == 1 or all(d.id != owner for d in devices):
+    """The best partition, or the one in which the owner keeps both ends.
+
+    Two stages on one device run on its CPU only: an owner with more than that is only asked
+    to if the user insists.
+    """
+    here = next((device for device in devices if device.id == owner), None)
+    if ends == "never" or len(best.devices) == 1 or here is None:
+        return best
+    if ends == "auto" and work.splits and len(here.backends) > 1:
         return best
     ring = both_ends(work, devices, owner, best)
     if ring is None or (use_all and len(ring.devices) <= len(devices)):
