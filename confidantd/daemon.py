@@ -79,7 +79,13 @@ class Daemon:
         splits = Splits(home / "backends", self._threads, config.split, self._used_providers)
         speeds = SpeedBook(home / "speeds", splits)
         self._measuring = SpeedMeasuring(
-            peers, store, home, self._threads, speeds, lambda: self._resources().available_bytes
+            peers,
+            store,
+            home,
+            self._threads,
+            speeds,
+            lambda: self._resources().available_bytes,
+            self._swarm.measure_link,
         )
         self._host = StageHost(
             peers,

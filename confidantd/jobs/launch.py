@@ -8,6 +8,7 @@ plans give it, the rest goes from device to device with its moments, in a new ep
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,13 +25,22 @@ from confidantd.jobs.setup import Workload
 from confidantd.jobs.stage_notes import StageNotes
 from confidantd.planner.plan import Plan
 from confidantd.planner.replan import worth_moving
-from confidantd.wire.jobs import CurrentStage, PlanRequest, StageProgress
+from confidantd.wire.codec import from_map, to_map
+from confidantd.wire.jobs import (
+    CurrentStage,
+    LinkAnswer,
+    LinkSeen,
+    MeasureLink,
+    PlanRequest,
+    StageProgress,
+)
 from confidantd.wire.stage import OptimizerSpec, StageSpec, StateEntry
 from confidantd.wire.worker import Exported
 
 _log = logging.getLogger(__name__)
 
 STATE_BYTES = 4
+LINK_SECONDS = 15.0  # a measurement ends after 3
 # What a stage that failed on its own says; a lost link is a symptom of something else.
 OWN_FAULTS = ("does-not-fit", "worker-failed", "backend-failed", "storage", "corrupt-file")
 
@@ -66,6 +76,7 @@ class Launcher:
         self._services, self._log, self._workload = services, log, workload
         self._devices, self._optimizer, self._seed = devices, optimizer, seed
         self._without: dict[DeviceId, str] = {}
+        self._links: dict[tuple[DeviceId, DeviceId], LinkSeen] = {}
         self._epoch = log.record.epoch
         self._material: Material | None = None
 
@@ -115,6 +126,25 @@ class Launcher:
             return False
         return worth_moving(kept, plan.seconds, steps_left, plan.standstill_seconds)
 
+    async def measure_links(self, launched: Launched) -> None:
+        """Measure the pipeline's links, one after the other, while nothing runs over them."""
+        devices = [stage.device for stage in launched.plan.stages]
+        pairs = {tuple(sorted(pair)) for pair in itertools.pairwise(devices)}
+        for one, other in sorted(pairs):
+            ways = [await self._link_mbps(one, other), await self._link_mbps(other, one)]
+            found = [mbps for mbps in ways if mbps is not None]
+            if found:  # else what was known of it counts on
+                self._links[one, other] = LinkSeen(one, other, min(found))
+
+    async def _link_mbps(self, source: DeviceId, target: DeviceId) -> float | None:
+        try:
+            answer = await self._services.peers.request(
+                source, "device.link", to_map(MeasureLink(target)), timeout_seconds=LINK_SECONDS
+            )
+            return from_map(LinkAnswer, answer).mbps
+        except ConfidantError:
+            return None
+
     async def move(self, launched: Launched, steps_done: int, reason: str) -> Launched | None:
         """Go on with the plan of now; None if the devices declined it. Between two steps only.
 
@@ -149,7 +179,8 @@ class Launcher:
         return await ask_coordinator(self._services, method, self._request(request, current))
 
     def _request(self, request: PlanRequest, current: tuple[CurrentStage, ...]) -> PlanRequest:
-        return replace(request, current=current, without=self._without)
+        links = tuple(self._links.values())
+        return replace(request, current=current, without=self._without, links=links)
 
     async def _adopted(
         self, plan: Plan, state: Mapping[str, StateEntry], before: Plan | None, steps_done: int

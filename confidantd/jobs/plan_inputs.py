@@ -23,6 +23,7 @@ from confidantd.planner.plan import LeftOut, Plan, seconds_of
 from confidantd.planner.workload import Workload
 from confidantd.swarm.state import PeerView
 from confidantd.wire.jobs import CurrentStage, PlanRequest
+from confidantd.wire.links import Link, plausible
 from confidantd.wire.messages import clean_text
 from confidantd.wire.resources import MAX_REASON_CHARACTERS
 from confidantd.wire.stage import StageAssignment
@@ -67,9 +68,15 @@ def takes_no_part(name: str, reason: str) -> DeviceError:
 
 
 def with_current(device: PlanDevice, request: PlanRequest) -> PlanDevice:
-    """The device with the memory that the job holds there already."""
+    """The device with the memory that the job holds there already, and the links it measured."""
     held = sum(stage.memory_bytes for stage in request.current if stage.device == device.id)
-    return replace(device, available_bytes=device.available_bytes + held)
+    links = dict(device.links)
+    for seen in request.links:
+        ends = (seen.source, seen.target)
+        if device.id in ends and plausible(Link(mbps=seen.mbps)):
+            other = ends[1 - ends.index(device.id)]
+            links[other] = replace(links.get(other, Link()), mbps=seen.mbps)
+    return replace(device, available_bytes=device.available_bytes + held, links=links)
 
 
 def cannot(request: PlanRequest, peers: Sequence[PeerView]) -> tuple[LeftOut, ...]:

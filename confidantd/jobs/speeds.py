@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,13 @@ from confidantd.planner.speeds import corrected, scaled, valid, with_block
 from confidantd.store.blobs import BlobStore
 from confidantd.store.files import write_atomically
 from confidantd.wire.codec import from_map, to_map
-from confidantd.wire.jobs import Measure, SpeedsAnswer, SpeedsQuestion
+from confidantd.wire.jobs import (
+    LinkAnswer,
+    Measure,
+    MeasureLink,
+    SpeedsAnswer,
+    SpeedsQuestion,
+)
 from confidantd.wire.speeds import Speeds
 from confidantd.wire.stage import StageAssignment
 from confidantd.wire.worker import StepDone
@@ -130,7 +136,7 @@ def _seconds(place: StageAssignment, speeds: Speeds) -> float:
 
 
 class SpeedMeasuring:
-    """Answers `device.speeds` and `device.measure`."""
+    """Answers `device.speeds`, `device.measure` and `device.link`."""
 
     def __init__(
         self,
@@ -140,6 +146,7 @@ class SpeedMeasuring:
         threads: int,
         book: SpeedBook,
         available_bytes: Callable[[], int],
+        measure_link: Callable[[DeviceId], Awaitable[float]],
     ) -> None:
         self._peers = peers
         self._store = store
@@ -147,9 +154,11 @@ class SpeedMeasuring:
         self._threads = threads
         self._book = book
         self._available_bytes = available_bytes
+        self._measure_link = measure_link
         self._one_at_a_time = asyncio.Lock()  # two at once would measure each other
         peers.on_request("device.speeds", self._speeds)
         peers.on_request("device.measure", self._measure)
+        peers.on_request("device.link", self._link)
 
     async def _speeds(self, _device: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
         question = from_map(SpeedsQuestion, params)
@@ -170,6 +179,13 @@ class SpeedMeasuring:
                 return to_map(SpeedsAnswer(None, failure.message))
             await asyncio.to_thread(self._book.remember, message.request, found)
             return to_map(SpeedsAnswer(await asyncio.to_thread(self._book.known, message.request)))
+
+    async def _link(self, _device: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
+        target = from_map(MeasureLink, params).target
+        try:
+            return to_map(LinkAnswer(await self._measure_link(target)))
+        except ConfidantError:
+            return to_map(LinkAnswer(None))
 
     async def _measured(self, message: Measure) -> Speeds:
         programs = await fetch_programs(self._peers, self._store, message.source, message.programs)

@@ -19,6 +19,7 @@ from confidantd.planner.partition import (
     fixed_partition,
     predicted_seconds,
 )
+from confidantd.planner.simulate import LinkCost
 from confidantd.planner.workload import Form, Workload
 from confidantd.wire.stage import BackendShare
 
@@ -70,6 +71,11 @@ class LinkPlan:
     seconds: float
     sending_seconds: float = 0.0
 
+    @property
+    def cost(self) -> LinkCost:
+        """As the simulator takes it."""
+        return LinkCost(self.sending_seconds, self.seconds - self.sending_seconds)
+
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
@@ -108,6 +114,11 @@ class Plan:
     alternatives: tuple[Alternative, ...] = ()
     kept_seconds: float | None = None
     standstill_seconds: float = 0.0  # until it could replace them
+
+    def holders(self) -> list[int]:
+        """For each stage the first one on its device."""
+        devices = [stage.device for stage in self.stages]
+        return [devices.index(device) for device in devices]
 
     def to_json(self) -> dict[str, Any]:
         """The object of the command-line contract."""

@@ -8,6 +8,7 @@
 | `stage.backends` | coordinator | device | `BackendsQuestion` -> `BackendsAnswer` |
 | `device.speeds` | coordinator | device | `SpeedsQuestion` -> `SpeedsAnswer` |
 | `device.measure` | owner | device | `Measure` -> `SpeedsAnswer` |
+| `device.link` | owner | device | `MeasureLink` -> `LinkAnswer` |
 | `stage.withdraw` | coordinator | device | `StopStage`: the final plan does not use the offer |
 | `stage.start` | owner | device | `StageAssignment` -> `StageStarted` |
 | `stage.command` | owner | device | `StageCommand` |
@@ -42,6 +43,31 @@ class CurrentStage:
 
 
 @dataclass(frozen=True, slots=True)
+class LinkSeen:
+    """What a job has measured of the link between two devices; it counts instead of what else
+    is known.
+    """
+
+    source: DeviceId
+    target: DeviceId
+    mbps: float
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureLink:
+    """Measure the link to `target` now."""
+
+    target: DeviceId
+
+
+@dataclass(frozen=True, slots=True)
+class LinkAnswer:
+    """Its bandwidth; None if it cannot be measured now."""
+
+    mbps: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class PlanRequest:
     """What a plan depends on. `devices` are names or ids that must all be used; empty: any.
 
@@ -67,6 +93,7 @@ class PlanRequest:
     owner_ends: OwnerEnds = "auto"
     current: tuple[CurrentStage, ...] = ()
     without: dict[DeviceId, str] = field(default_factory=dict)
+    links: tuple[LinkSeen, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

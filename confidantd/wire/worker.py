@@ -180,6 +180,11 @@ class StepDone:
     backend_seconds: dict[str, float] = field(default_factory=dict)
     spans: tuple[StepSpan, ...] = ()
 
+    def mean_seconds(self, kind: Literal["forward", "backward"]) -> float:
+        """Of the forwards, or the backwards, of the step."""
+        found = [span.end - span.start for span in self.spans if span.kind == kind]
+        return sum(found) / max(len(found), 1)
+
     @property
     def computed_seconds(self) -> float:
         """Of all forwards and backwards of the step."""
