@@ -73,7 +73,8 @@ class Launcher:
         optimizer: OptimizerSpec,
         seed: int,
     ) -> None:
-        self._services, self._log, self._workload = services, log, workload
+        self._services, self._log, self._asked = services, log, workload
+        self._workload = workload
         self._devices, self._optimizer, self._seed = devices, optimizer, seed
         self._without: dict[DeviceId, str] = {}
         self._links: dict[tuple[DeviceId, DeviceId], LinkSeen] = {}
@@ -86,7 +87,8 @@ class Launcher:
         A device whose stage fails on its own is left out, and the rest is planned anew.
         """
         if self._material is None:
-            await self._ask("job.plan")  # refuse before compiling
+            plan = await self._ask("job.plan")  # refuses before compiling, and cuts the batch
+            self._workload = replace(self._asked, microbatches=plan.microbatches)
             self._material = await prepare(self._services, self._log, self._workload, self._devices)
         while True:
             plan = await self._ask("job.negotiate")
@@ -103,7 +105,8 @@ class Launcher:
     def goes_on_without(self, pipeline: Pipeline, plan: Plan) -> bool:
         """Whether a stage of a pipeline failed on its own, on a device that others can replace.
 
-        If so its device is left out from now on, and the next epoch begins.
+        If so its device is left out from now on, and the next epoch begins. If the user has
+        not said how to cut the batch, others may cut it better.
         """
         failed = pipeline.failed_stage
         if failed is None or failed[1].code not in OWN_FAULTS or self._devices:
@@ -111,6 +114,8 @@ class Launcher:
         stage = plan.stages[failed[0]]
         self._without[stage.device] = f"its stage failed: {failed[1].message}"
         self._next_epoch()
+        if self._asked.microbatches == 0:
+            self._workload, self._material = self._asked, None
         self._emit_replan(f"{stage.name} is left out ({failed[1].message})", 0)
         return True
 

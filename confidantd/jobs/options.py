@@ -17,9 +17,9 @@ TASKS = ("causal-lm",)
 SCHEDULES = ("constant", "linear", "cosine")
 METHODS = ("full", "lora")
 DEFAULT_LEARNING_RATE = {"full": 2e-5, "lora": 2e-4}
-DEFAULT_MICROBATCHES = 4
 DEFAULT_SEQUENCE_LENGTH = 128
 DEFAULT_NEW_TOKENS = 128
+DEFAULT_LOAD, MOST_LOAD = 8, 100_000  # requests at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +80,6 @@ class TrainOptions:
             raise UsageError("--eval-every needs --eval-data")
 
     @property
-    def microbatch_count(self) -> int:
-        """Microbatches a step: as asked, else the largest divisor of the batch up to four."""
-        if self.microbatches is not None:
-            return self.microbatches
-        fitting = (n for n in range(DEFAULT_MICROBATCHES, 0, -1) if self.batch_size % n == 0)
-        return next(fitting)
-
-    @property
     def peak_learning_rate(self) -> float:
         """The learning rate after warm-up."""
         if self.learning_rate is not None:
@@ -99,7 +91,8 @@ class TrainOptions:
 class PlanOptions:
     """Options of `confidant plan`: those of train and generate that change a plan.
 
-    `what_if`: a file with a fleet to plan for, instead of the swarm.
+    `load`: requests at once, of the objective `serve`. `what_if`: a file with a fleet to plan
+    for, instead of the swarm.
     """
 
     model: str
@@ -115,6 +108,7 @@ class PlanOptions:
     devices: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
     owner_ends: OwnerEnds = "auto"
+    load: int | None = None
     what_if: str | None = None
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from confidantd.errors import ConfidantError, DeviceError, StorageError
+from confidantd.errors import ConfidantError, DeviceError, ProtocolError, StorageError
 from confidantd.ids import DeviceId
 from confidantd.jobs.peers import Peers
 from confidantd.jobs.plan_inputs import assignment_workload
@@ -26,6 +26,8 @@ from confidantd.store.blobs import BlobStore
 from confidantd.store.files import write_atomically
 from confidantd.wire.codec import from_map, to_map
 from confidantd.wire.jobs import (
+    MAX_SHAPES,
+    KnownSpeeds,
     LinkAnswer,
     Measure,
     MeasureLink,
@@ -162,7 +164,13 @@ class SpeedMeasuring:
 
     async def _speeds(self, _device: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
         question = from_map(SpeedsQuestion, params)
-        return to_map(SpeedsAnswer(await asyncio.to_thread(self._book.known, question.request)))
+        if len(question.requests) > MAX_SHAPES:
+            raise ProtocolError(f"more than {MAX_SHAPES} shapes in one question")
+
+        def known() -> tuple[Speeds | None, ...]:
+            return tuple(self._book.known(request) for request in question.requests)
+
+        return to_map(KnownSpeeds(await asyncio.to_thread(known)))
 
     async def _measure(self, _device: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
         message = from_map(Measure, params)

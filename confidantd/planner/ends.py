@@ -15,10 +15,10 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from confidantd.ids import DeviceId
-from confidantd.planner.costs import PlanDevice, link_cost, stage_cost, stage_seconds
+from confidantd.planner.costs import PlanDevice, stage_seconds
 from confidantd.planner.memory import stage_memory
 from confidantd.planner.partition import Partition
-from confidantd.planner.simulate import simulate
+from confidantd.planner.score import simulated_seconds
 from confidantd.planner.workload import Form, Workload
 
 MOST_COST = 0.05  # of a step: what it may cost without being asked for
@@ -39,20 +39,6 @@ def both_ends(
         if (ring := _Ring(work, [first, *between, first]).best()) is not None
     ]
     return min(found, key=lambda ring: ring.seconds, default=None)
-
-
-def ring_seconds(
-    work: Workload, devices: Sequence[PlanDevice], layers: Sequence[int], forms: Sequence[Form]
-) -> float:
-    """Of a simulated step."""
-    last = len(devices) - 1
-    stages = [
-        stage_cost(work, device, count, head=i == last, embedding=i == 0, form=form)
-        for i, (device, count, form) in enumerate(zip(devices, layers, forms, strict=True))
-    ]
-    links = [link_cost(work, a, b) for a, b in itertools.pairwise(devices)]
-    holders = [[d.id for d in devices].index(device.id) for device in devices]
-    return simulate(stages, links, work.microbatches, holders=holders).seconds
 
 
 def _between(
@@ -100,6 +86,11 @@ class _Ring:
                     layers, seconds, forms, better = tried, found, found_forms, True
         if forms is None:
             return None
+        return self._partition(layers, forms, seconds)
+
+    def _partition(
+        self, layers: Sequence[int], forms: tuple[Form, ...], seconds: float
+    ) -> Partition:
         return Partition(tuple(self._devices), tuple(layers), forms, seconds)
 
     def _proportional(self) -> list[int]:
@@ -122,7 +113,7 @@ class _Ring:
             forms = found
             lacking = self._lacking(layers, forms)
             if lacking == 0:
-                return ring_seconds(self._work, self._devices, layers, forms), forms
+                return simulated_seconds(self._work, self._partition(layers, forms, 0.0)), forms
         return 1e12 + self._lacking(layers, forms), None
 
     def _forms(self, layers: Sequence[int]) -> Iterator[tuple[Form, ...]]:

@@ -97,10 +97,13 @@ def _provider_bytes(work: Workload, *, head: bool) -> int:
 
 
 def _cache_bytes(work: Workload, layers: int) -> int:
-    """Keys and values of every position, twice while a step makes the new cache."""
+    """Keys and values of every position of every request; of one twice, while its next token
+    makes the new cache.
+    """
     if work.method is not None:
         return 0
-    return 2 * 2 * FLOAT_BYTES * layers * work.kv_width * work.sequence_length
+    copies = work.requests + 1
+    return copies * 2 * FLOAT_BYTES * layers * work.kv_width * work.sequence_length
 
 
 def _workspace_bytes(work: Workload, *, head: bool) -> int:

@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from confidantd.errors import DeviceError, DoesNotFitError
 from confidantd.ids import DeviceId
 from confidantd.planner.costs import PlanDevice, link_cost, stage_cost
-from confidantd.planner.ends import MOST_COST, both_ends, ring_seconds
+from confidantd.planner.ends import MOST_COST, both_ends
+from confidantd.planner.explain import Alternative, Explanation, Recomputing, explain
 from confidantd.planner.memory import stage_memory
-from confidantd.planner.partition import (
-    Partition,
-    alternatives,
-    best_partition,
-    fixed_partition,
-    predicted_seconds,
-)
+from confidantd.planner.microbatches import Cut, OtherCount, best_cut
+from confidantd.planner.partition import Partition, alternatives, best_partition
+from confidantd.planner.score import best_simulated, simulated_seconds
 from confidantd.planner.simulate import LinkCost
 from confidantd.planner.workload import Form, Workload
 from confidantd.wire.stage import BackendShare
 
 MEGABYTE = 1_000_000
 Ends = Literal["auto", "always", "never"]
-MOST_ALTERNATIVES = 2
 LORA_GUESS = 64  # adapter weights per unit of width: rank 8 on four square projections
 
 
@@ -87,20 +83,12 @@ class LeftOut:
 
 
 @dataclass(frozen=True, slots=True)
-class Alternative:
-    """Another plan that would do: names of its devices in order, their layers, its seconds."""
-
-    devices: tuple[str, ...]
-    layers: tuple[int, ...]
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
-    """The whole plan; `seconds` is predicted for a step (training) or a token (generation).
+    """The whole plan; `seconds` is predicted for a step (training), or for one token of each of
+    `requests` (generation).
 
-    `microbatches` is 1 in generation. `kept_seconds`: what the stages of now would take, where
-    a job runs already.
+    `microbatches` is 1 in generation, of `microbatch_size` sequences of `sequence_length`
+    tokens. `kept_seconds`: what the stages of now would take, where a job runs already.
     """
 
     model: str
@@ -111,7 +99,10 @@ class Plan:
     seconds: float
     tokens_per_second: float
     microbatches: int = 1
-    alternatives: tuple[Alternative, ...] = ()
+    microbatch_size: int = 1
+    sequence_length: int = 0
+    requests: int = 1
+    explanation: Explanation = field(default_factory=Explanation)
     kept_seconds: float | None = None
     standstill_seconds: float = 0.0  # until it could replace them
 
@@ -137,10 +128,10 @@ class Plan:
                 for k in self.links
             ],
             "microbatches": self.microbatches,
-            "alternatives": [
-                {"devices": list(a.devices), "layers": list(a.layers), "seconds": a.seconds}
-                for a in self.alternatives
-            ],
+            "microbatch_size": self.microbatch_size,
+            "sequence_length": self.sequence_length,
+            "load": self.requests,
+            **_explanation_json(self.explanation),
             "left_out": [
                 {"device": d.device, "name": d.name, "reason": d.reason} for d in self.left_out
             ],
@@ -161,37 +152,77 @@ def make_plan(
     ends: Ends = "never",
     explain: bool = False,
 ) -> Plan:
+    """The plan for one way to cut the batch, as `choose_plan` makes it."""
+    cuts = (Cut(work, tuple(devices)),)
+    return choose_plan(cuts, owner, use_all=use_all, layers=layers, ends=ends, explained=explain)
+
+
+def choose_plan(
+    cuts: Sequence[Cut],
+    owner: DeviceId,
+    *,
+    count: int = 0,
+    use_all: bool = False,
+    layers: tuple[int, ...] = (),
+    ends: Ends = "never",
+    explained: bool = False,
+) -> Plan:
     """The fastest plan that fits; `DoesNotFitError` names each device's shortfall.
 
-    With `layers` each of `devices` gets as many, in their order. `ends`: whether the owner
-    holds both ends of the model; `auto` if that costs little. With `explain` it comes with
-    the next-best ones, which takes longer.
+    `cuts` have the same devices. With a `count` the batch is cut into so many microbatches, and
+    the other ones are only for comparison. With `layers` each device gets as many, in their
+    order. `ends`: whether the owner holds both ends of the model; `auto` if that costs
+    little. With `explained` it says what its choices cost, which takes longer.
     """
+    work, devices = cuts[0].work, cuts[0].devices
     if use_all and len(devices) > work.layers:
         raise DeviceError(
             f"{len(devices)} devices cannot share {work.layers} layers", "name fewer devices"
         )
-    if layers:
-        found = fixed_partition(work, devices, layers)
-    else:
-        found = best_partition(work, devices, owner, use_all=use_all)
-    if found is not None and not layers:
-        found = _with_ends(work, devices, owner, found, ends, use_all=use_all)
-    if found is None:
-        raise _does_not_fit(work, devices, use_all=use_all)
-    tokens = work.tokens * work.microbatches if work.method else 1
-    stages = _stages(work, found)
-    seconds = _seconds(work, found, [stage.form for stage in stages])
+    possible = [cut for cut in cuts if count in (0, cut.work.microbatches)]
+    best = best_cut(possible, owner, use_all=use_all, layers=layers)
+    if best is None:
+        least = max(possible, key=lambda cut: cut.work.microbatches)
+        raise _does_not_fit(least.work, devices, use_all=use_all)
+    chosen, found = best
+    rivals: list[Partition] = []
+    if not layers and (explained or not use_all):
+        rivals = alternatives(chosen.work, chosen.devices, owner, found, however_slow=explained)
+    if not layers and not use_all:
+        found, rivals = best_simulated(chosen.work, found, rivals, owner)
+    if not layers:
+        straight = found
+        found = _with_ends(chosen.work, chosen.devices, owner, straight, ends, use_all=use_all)
+        rivals = [straight, *rivals] if found is not straight else rivals
+    stages = _stages(chosen.work, found)
+    running = replace(found, forms=tuple(stage.form for stage in stages))
+    plan = _plan(chosen, running, stages)
+    if not explained:
+        return plan
+    providers = [len(stage.unmeasured) for stage in stages]
+    said = explain(
+        chosen, running, providers, owner, cuts, rivals,
+        insists=use_all or bool(layers), layers=layers,
+    )  # fmt: skip
+    return replace(plan, explanation=said)
+
+
+def _plan(chosen: Cut, found: Partition, stages: tuple[StagePlan, ...]) -> Plan:
+    work = chosen.work
+    seconds = simulated_seconds(work, found)
+    tokens = work.tokens * work.microbatches if work.method else work.requests
     return Plan(
         model=work.model,
-        objective="train" if work.method else "generate",
+        objective="train" if work.method else "serve" if work.load else "generate",
         stages=stages,
         links=_links(work, found),
-        left_out=_left_out(work, devices, found),
+        left_out=_left_out(work, chosen.devices, found),
         seconds=seconds,
         tokens_per_second=tokens / seconds,
         microbatches=work.microbatches if work.method else 1,
-        alternatives=_alternatives(work, devices, owner, found) if explain and not layers else (),
+        microbatch_size=work.microbatch_size if work.method else 1,
+        sequence_length=work.sequence_length,
+        requests=work.requests,
     )
 
 
@@ -199,8 +230,7 @@ def seconds_of(
     work: Workload, devices: Sequence[PlanDevice], layers: Sequence[int], forms: Sequence[Form]
 ) -> float:
     """Of a step (or a token) with these stages."""
-    found = Partition(tuple(devices), tuple(layers), tuple(forms), 0.0)
-    return _seconds(work, found, forms)
+    return simulated_seconds(work, Partition(tuple(devices), tuple(layers), tuple(forms), 0.0))
 
 
 def _with_ends(
@@ -230,29 +260,8 @@ def _with_ends(
                 "train without --owner-ends always",
             )
         return best
-    straight = _seconds(work, best, best.forms)
+    straight = simulated_seconds(work, best)
     return ring if ends == "always" or ring.seconds <= (1 + MOST_COST) * straight else best
-
-
-def _alternatives(
-    work: Workload, devices: Sequence[PlanDevice], owner: DeviceId, found: Partition
-) -> tuple[Alternative, ...]:
-    others = alternatives(work, devices, owner, found)[:MOST_ALTERNATIVES]
-    return tuple(
-        Alternative(
-            tuple(device.name for device in other.devices),
-            other.layers,
-            _seconds(work, other, other.forms),
-        )
-        for other in others
-    )
-
-
-def _seconds(work: Workload, found: Partition, forms: Sequence[Form]) -> float:
-    """Of a step as simulated, or of a token."""
-    if work.method is None:
-        return predicted_seconds(work, found.devices, found.layers)
-    return ring_seconds(work, found.devices, found.layers, forms)
 
 
 def _stages(work: Workload, found: Partition) -> tuple[StagePlan, ...]:
@@ -313,7 +322,7 @@ def _ways(others: int) -> tuple[tuple[Form, int], ...]:
 
 
 def _links(work: Workload, found: Partition) -> tuple[LinkPlan, ...]:
-    ways = 2 * work.microbatches if work.method else 1
+    ways = 2 * work.microbatches if work.method else work.requests
     return tuple(
         LinkPlan(a.id, b.id, ways * work.activation_bytes, k.seconds + k.latency, k.seconds)
         for a, b in itertools.pairwise(found.devices)
@@ -336,6 +345,8 @@ def _reason(work: Workload, device: PlanDevice, found: Partition) -> str:
     if device.available_bytes < least:
         short = (least - device.available_bytes) / MEGABYTE
         return f"one layer needs {short:.0f} MB more memory than it has"
+    if work.load:
+        return "with it there would be fewer tokens a second"
     verb = "step" if work.method else "token"
     return f"with it a {verb} would take longer than {found.seconds:.3g} s"
 
@@ -384,6 +395,19 @@ def _what_would_fit(work: Workload, devices: Sequence[PlanDevice], *, use_all: b
     if work.method is None:
         return "pair another device, or free memory on these"
     return "pair another device, free memory on these, or lower --sequence-length"
+
+
+def _explanation_json(said: Explanation) -> dict[str, Any]:
+    return {
+        "alternatives": [_plain(other) for other in said.alternatives],
+        "faster": None if said.faster is None else _plain(said.faster),
+        "recomputing": [_plain(stage) for stage in said.recomputing],
+        "other_microbatches": [_plain(other) for other in said.other_counts],
+    }
+
+
+def _plain(fact: Alternative | Recomputing | OtherCount) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(fact).items()}
 
 
 def _stage_json(stage: StagePlan) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from confidantd.planner.costs import PlanDevice
-from confidantd.planner.ends import MOST_COST, both_ends, ring_seconds
+from confidantd.planner.ends import MOST_COST, both_ends
 from confidantd.planner.memory import stage_memory
 from confidantd.planner.partition import Partition, best_partition
-from confidantd.planner.workload import Workload
+from confidantd.planner.score import simulated_seconds
+from confidantd.planner.workload import Form, Workload
 from tests.unit.planner_support import GIGABYTE, device, workload
 
 
@@ -41,11 +42,15 @@ def brute_force(work: Workload, devices: list[PlanDevice]) -> float:
     for size in range(1, len(others) + 1):
         for between in itertools.permutations(others, size):
             order = [owner, *between, owner]
+            saved: tuple[Form, ...] = ("saved",) * len(order)
             for cuts in itertools.product(range(work.layers + 1), repeat=size + 1):
                 layers = [*cuts, work.layers - sum(cuts)]
                 if layers[-1] < 0 or 0 in layers[1:-1]:
                     continue
-                best = min(best, ring_seconds(work, order, layers, ["saved"] * len(order)))
+                best = min(
+                    best,
+                    simulated_seconds(work, Partition(tuple(order), tuple(layers), saved, 0.0)),
+                )
     return best
 
 

@@ -125,11 +125,11 @@ def test_the_next_best_plans_are_listed() -> None:
     devices = [device(name) for name in "abc"]
     plan = make_plan(workload(microbatches=16), devices, devices[0].id, explain=True)
     assert len(plan.stages) == 3
-    first, second = plan.alternatives
+    first, second = plan.explanation.alternatives
     assert (len(first.devices), len(second.devices)) == (2, 1)
     assert plan.seconds < first.seconds < second.seconds
     assert first.devices[0] == second.devices[0] == "a"
     assert sum(first.layers) == sum(second.layers) == 6
     small = [device(name, available_bytes=1_400_000_000) for name in "abcd"]
     large = make_plan(workload(layers=12), small, small[0].id, explain=True)
-    assert all(len(other.devices) > 1 for other in large.alternatives)
+    assert all(len(other.devices) > 1 for other in large.explanation.alternatives)
