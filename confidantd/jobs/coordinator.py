@@ -91,7 +91,7 @@ class Coordinator:
                     await self._withdraw(request, asked)
                     raise
                 declined = await self._offer_all(request, plan, owner, round_)
-                asked |= {stage.device for stage in plan.stages} - set(declined)
+                asked |= {stage.device for stage in plan.stages}
                 if not declined:
                     await self._withdraw(request, asked - {s.device for s in plan.stages})
                     return to_map(await self._with_backends(_as_planned(request, plan), plan))
@@ -181,7 +181,9 @@ class Coordinator:
     async def _offer_all(
         self, request: PlanRequest, plan: Plan, owner: DeviceId, round_: int
     ) -> dict[DeviceId, OfferAnswer]:
-        """Offer every stage; answers of those that declined."""
+        """Offer every stage; answers of those that declined, with the memory that they have for
+        this job, that of a stage which they accepted included.
+        """
         term = self._term()
         answers = await asyncio.gather(
             *(
@@ -191,9 +193,17 @@ class Coordinator:
                 )
             )
         )
+        pairs = list(zip(plan.stages, answers, strict=True))
+        accepted: dict[DeviceId, int] = {}
+        for stage, answer in pairs:
+            if answer.accepted:
+                accepted[stage.device] = accepted.get(stage.device, 0) + stage.memory_bytes
         return {
-            stage.device: answer
-            for stage, answer in zip(plan.stages, answers, strict=True)
+            stage.device: replace(
+                answer,
+                available_bytes=answer.available_bytes + accepted.get(stage.device, 0),
+            )
+            for stage, answer in pairs
             if not answer.accepted
         }
 

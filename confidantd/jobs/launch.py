@@ -86,11 +86,9 @@ class Launcher:
 
         A device whose stage fails on its own is left out, and the rest is planned anew.
         """
-        if self._material is None:
-            plan = await self._ask("job.plan")  # refuses before compiling, and cuts the batch
-            self._workload = replace(self._asked, microbatches=plan.microbatches)
-            self._material = await prepare(self._services, self._log, self._workload, self._devices)
         while True:
+            if self._material is None:
+                await self._prepare()
             plan = await self._ask("job.negotiate")
             pipeline = await self._adopted(plan, {}, None, 0)
             try:
@@ -101,6 +99,12 @@ class Launcher:
                     raise
                 continue
             return self._launched(pipeline, plan)
+
+    async def _prepare(self) -> None:
+        """Refuse what cannot be before compiling, cut the batch, and get all that is needed."""
+        plan = await self._ask("job.plan")
+        self._workload = replace(self._asked, microbatches=plan.microbatches)
+        self._material = await prepare(self._services, self._log, self._workload, self._devices)
 
     def goes_on_without(self, pipeline: Pipeline, plan: Plan) -> bool:
         """Whether a stage of a pipeline failed on its own, on a device that others can replace.
