@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from tests.e2e.small_models import TEXT, byte_tokenizer
 SHAPE = {"batch_size": 4, "microbatches": 4, "sequence_length": 32}
 TOO_LARGE = 1.6  # times what one device has
 SLOW = 0.1  # of a core
-LOST_SECONDS = 15.0
+LOST_SECONDS, START_SECONDS = 15.0, 60.0
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +69,16 @@ def devices(tmp_path_factory: pytest.TempPathFactory, cap: int) -> Iterator[list
             yield found
 
 
+def shape() -> list[str]:
+    """As options."""
+    return [word for k, v in SHAPE.items() for word in (f"--{k.replace('_', '-')}", str(v))]
+
+
 def train(owner: Device, model: Path, output: Path, steps: int) -> dict[str, Any]:
     """The `done` event, with the `plan`."""
     events = owner.events(
         "train", str(model), "--data", str(TEXT), "--output", str(output), "--steps", str(steps),
-        *(word for k, v in SHAPE.items() for word in (f"--{k.replace('_', '-')}", str(v))),
+        *shape(),
     )  # fmt: skip
     assert events[-1]["event"] == "done", events[-1]
     return {**events[-1], "plan": next(e for e in events if e["event"] == "plan")}
@@ -89,6 +95,28 @@ def test_what_one_device_cannot_hold_is_trained_over_two_and_a_slow_third_is_lef
     (left_out,) = done["plan"]["left_out"]
     assert left_out["name"] == "cleo"
     assert "longer" in left_out["reason"]
+
+
+def test_two_jobs_are_never_promised_the_same_memory(
+    devices: list[Device], model: Path, cap: int, tmp_path: Path
+) -> None:
+    anna = devices[0]
+    job = anna.json(
+        "train", str(model), "--data", str(TEXT), "--output", str(tmp_path / "out"), "--steps",
+        "100000", *shape(), "--devices", "anna,ben", "--detach",
+    )["job"]  # fmt: skip
+    wait_until(lambda: anna.json("jobs", "show", job)["step"] > 0, START_SECONDS, "it runs")
+    granted = [device.json("status")["memory"]["granted_bytes"] for device in devices[:2]]
+    assert all(0 < each <= cap for each in granted)
+    refused = anna.cli("plan", str(model), *shape(), "--devices", "anna,ben", "--json")
+    assert refused.returncode == 1
+    assert json.loads(refused.stdout)["error"]["code"] == "does-not-fit"
+    anna.json("jobs", "cancel", job)
+
+    def fits() -> bool:
+        return anna.cli("plan", str(model), *shape(), "--devices", "anna,ben").returncode == 0
+
+    wait_until(fits, START_SECONDS, "its memory is free again")
 
 
 def test_a_slow_device_is_used_where_it_is_the_only_other_one(
