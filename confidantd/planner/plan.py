@@ -216,7 +216,7 @@ def _plan(chosen: Cut, found: Partition, stages: tuple[StagePlan, ...]) -> Plan:
         objective="train" if work.method else "serve" if work.load else "generate",
         stages=stages,
         links=_links(work, found),
-        left_out=_left_out(work, chosen.devices, found),
+        left_out=_left_out(work, chosen.devices, found, seconds),
         seconds=seconds,
         tokens_per_second=tokens / seconds,
         microbatches=work.microbatches if work.method else 1,
@@ -331,16 +331,16 @@ def _links(work: Workload, found: Partition) -> tuple[LinkPlan, ...]:
 
 
 def _left_out(
-    work: Workload, devices: Sequence[PlanDevice], found: Partition
+    work: Workload, devices: Sequence[PlanDevice], found: Partition, seconds: float
 ) -> tuple[LeftOut, ...]:
     """Why each unused device is not used: too little memory, or it would not help."""
     used = {device.id for device in found.devices}
     return tuple(
-        LeftOut(d.id, d.name, _reason(work, d, found)) for d in devices if d.id not in used
+        LeftOut(d.id, d.name, _reason(work, d, seconds)) for d in devices if d.id not in used
     )
 
 
-def _reason(work: Workload, device: PlanDevice, found: Partition) -> str:
+def _reason(work: Workload, device: PlanDevice, seconds: float) -> str:
     least = stage_memory(work, 1, embedding=False, head=False, stage=1, stages=3).total
     if device.available_bytes < least:
         short = (least - device.available_bytes) / MEGABYTE
@@ -348,7 +348,7 @@ def _reason(work: Workload, device: PlanDevice, found: Partition) -> str:
     if work.load:
         return "with it there would be fewer tokens a second"
     verb = "step" if work.method else "token"
-    return f"with it a {verb} would take longer than {found.seconds:.3g} s"
+    return f"with it a {verb} would take longer than {seconds:.3g} s"
 
 
 def _does_not_fit(
