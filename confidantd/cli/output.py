@@ -45,14 +45,14 @@ def cell(value: object, style: str = "", *, cut: bool = False) -> Text:
 
 
 def size(amount: float | None) -> str:
-    """Bytes as `3 kB`, `812 MB` or `3.2 GB`."""
+    """Bytes as `12 kB`, `812 MB` or `3.2 GB`."""
     if amount is None:
         return "-"
     if amount >= 1000 * MEGABYTE:
         return f"{amount / (1000 * MEGABYTE):.1f} GB"
-    if amount >= MEGABYTE / 2 or amount == 0:
-        return f"{amount / MEGABYTE:.0f} MB"
-    return f"{amount / 1000:.0f} kB"
+    if 0 < amount < MEGABYTE / 2:
+        return f"{1000 * amount / MEGABYTE:.0f} kB"
+    return f"{amount / MEGABYTE:.0f} MB"
 
 
 def duration(seconds: float) -> str:

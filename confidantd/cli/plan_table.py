@@ -125,7 +125,8 @@ def _choices(fields: Fields) -> Iterator[str]:
     others = fields.get("other_microbatches", ())
     if others:
         said = ", ".join(_other_count(other, whole) for other in others)
-        yield f"{fields['microbatches']} microbatches: {said}"
+        count = fields["microbatches"]
+        yield f"{count} microbatch{'es' if count > 1 else ''}: {said}"
 
 
 def _other_count(other: Fields, whole: float) -> str:

@@ -15,7 +15,7 @@ from confidantd.cli.output import console, print_json
 
 QUIET_SECONDS = 2.0  # most plans are there by then
 REFRESH_SECONDS = 1.0
-WORKING = "planning: comparing devices, orders and ways to cut the layers and the batch"
+WORKING = "planning: comparing devices, their order and their layers"
 
 
 async def run_plan(client: Client, request: Mapping[str, Any], *, as_json: bool) -> None:

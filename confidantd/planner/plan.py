@@ -185,10 +185,8 @@ def choose_plan(
         least = max(possible, key=lambda cut: cut.work.microbatches)
         raise _does_not_fit(least.work, devices, use_all=use_all)
     chosen, found = best
-    rivals: list[Partition] = []
-    if not layers and (explained or not use_all):
-        rivals = alternatives(chosen.work, chosen.devices, owner, found, however_slow=explained)
-    if not layers and not use_all:
+    rivals = _rivals(chosen, found, owner, use_all=use_all, layers=layers, explained=explained)
+    if not use_all and not layers:
         found, rivals = best_simulated(chosen.work, found, rivals, owner)
     if not layers:
         straight = found
@@ -205,6 +203,21 @@ def choose_plan(
         insists=use_all or bool(layers), layers=layers,
     )  # fmt: skip
     return replace(plan, explanation=said)
+
+
+def _rivals(
+    chosen: Cut,
+    found: Partition,
+    owner: DeviceId,
+    *,
+    use_all: bool,
+    layers: Sequence[int],
+    explained: bool,
+) -> list[Partition]:
+    """Partitions that are compared with the one that was found: to choose, or only to show."""
+    if layers or (use_all and not explained):
+        return []
+    return alternatives(chosen.work, chosen.devices, owner, found, however_slow=explained)
 
 
 def _plan(chosen: Cut, found: Partition, stages: tuple[StagePlan, ...]) -> Plan:

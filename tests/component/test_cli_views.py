@@ -163,13 +163,20 @@ def test_a_plan_says_when_fewer_devices_are_faster(tmp_path: Path) -> None:
 
 
 def test_a_plan_for_serving_counts_tokens(tmp_path: Path) -> None:
-    served = {**answers.ALONE, "objective": "serve", "load": 16, "other_microbatches": []}
+    served = {
+        **answers.ALONE,
+        "objective": "serve",
+        "load": 16,
+        "other_microbatches": [],
+        "links": [{"from": answers.ANNA, "to": answers.BEN, "bytes": 49152, "seconds": 0.002}],
+    }
     with fake_daemon(tmp_path, {"POST /v1/plan": served}) as daemon:
         text = confidant(tmp_path, "plan", "/m", "--serve", "--load", "16").stdout
         wrong = confidant(tmp_path, "plan", "/m", "--load", "16")
     body = {"model": "/m", "objective": "serve", "options": {"load": 16}}
     assert [request.body for request in daemon.requests] == [body]
     assert "predicted: 602 tokens/s over 16 requests, each a token every 1.7 s" in text
+    assert "anna → ?: 49 kB a round, 2 ms a token each way" in text
     assert "anna alone is fastest: 9.41 tokens/s; with ben 6.67 tokens/s" in text
     assert "token: what the device computes for one token of one request" in text
     assert wrong.returncode == 2
