@@ -66,6 +66,7 @@ class Launcher:
         self._services, self._log, self._workload = services, log, workload
         self._devices, self._optimizer, self._seed = devices, optimizer, seed
         self._without: dict[DeviceId, str] = {}
+        self._failed: ConfidantError | None = None
         self._epoch = log.record.epoch
         self._material: Material | None = None
 
@@ -78,7 +79,7 @@ class Launcher:
             await self._ask("job.plan")  # refuse before compiling
             self._material = await prepare(self._services, self._log, self._workload, self._devices)
         while True:
-            plan = await self._ask("job.negotiate")
+            plan = await self._negotiated()
             pipeline = await self._adopted(plan, {}, None, 0)
             try:
                 await pipeline.start()
@@ -89,6 +90,16 @@ class Launcher:
                 continue
             return self._launched(pipeline, plan)
 
+    async def _negotiated(self) -> Plan:
+        """A plan for the devices that are left; without one, why the last one was left out."""
+        try:
+            return await self._ask("job.negotiate")
+        except ConfidantError as failure:
+            if self._failed is None:
+                raise
+            rest = f"; without it: {failure.message}"
+            raise type(self._failed)(f"{self._failed.message}{rest}", self._failed.hint) from None
+
     def goes_on_without(self, pipeline: Pipeline, plan: Plan) -> bool:
         """Whether a stage of a pipeline failed on its own, on a device that others can replace.
 
@@ -98,6 +109,7 @@ class Launcher:
         if failed is None or failed[1].code not in OWN_FAULTS or self._devices:
             return False
         stage = plan.stages[failed[0]]
+        self._failed = failed[1]
         self._without[stage.device] = f"its stage failed: {failed[1].message}"
         self._next_epoch()
         self._emit_replan(f"{stage.name} is left out ({failed[1].message})", 0)

@@ -27,6 +27,17 @@ COLUMN_COPIES = 6  # gate, up, their product and the gradients [b, S, columns]
 HIDDEN_COPIES = 12  # residuals, norms, q, k, v and their gradients [b, S, D]
 
 
+# How far a stage may be over what was planned before it is ended: the error of this model.
+MODEL_ERROR = 0.10
+
+
+def enforced_bytes(granted: int, left: int) -> int:
+    """The most that a stage may use: what it was granted and the error of the model, as far as
+    the device has that `left` beside what it granted.
+    """
+    return granted + max(0, min(int(MODEL_ERROR * granted), left))
+
+
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
     """Bytes of one stage. `kept`: inputs of blocks and head, of the microbatches in flight,

@@ -40,7 +40,8 @@ class Load:
 
     `backends` are those to use, the CPU's first; `split` says whether they share blocks:
     where it is faster, always, or never; `split_file` is where this device remembers what
-    it measured of blocks of this shape.
+    it measured of blocks of this shape. The worker ends itself when it uses more than
+    `memory_limit_bytes`, unless that is 0.
     """
 
     assignment: StageAssignment
@@ -50,6 +51,7 @@ class Load:
     backends: tuple[str, ...] = ("cpu",)
     split: Split = "auto"
     split_file: str = ""
+    memory_limit_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
