@@ -18,12 +18,13 @@ def workload(
     sequence_length: int = 128,
     tied: bool = False,
     saved_rows: int = 0,
+    vocabulary: int = 32_000,
 ) -> Workload:
     """A Llama of 768 wide, 12 heads, MLP 2048, vocabulary 32,000.
 
     In the saved form a block keeps `saved_rows` times as much as its input.
     """
-    hidden, columns, vocabulary = 768, 2048, 32_000
+    hidden, columns = 768, 2048
     return Workload(
         model="m",
         layers=layers,
