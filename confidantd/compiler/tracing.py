@@ -4,7 +4,8 @@
 inputs and the hidden state in the middle; `<unit>_backward` takes the gradient of y, what
 is saved, and gives all gradients. Keeping what the forward saved is the *saved* form;
 keeping of it only the middle, and running `recompute` right before `backward`, is the
-*recompute* form.
+*recompute* form. The backward of a unit that *accumulates* takes the gradients of weights so
+far as `sum.<weight>` and gives the new sums.
 """
 
 from __future__ import annotations
@@ -32,16 +33,18 @@ from confidantd.compiler.units import Unit
 from confidantd.models.spec import ProgramRequest
 
 SAVED = "saved."
+SUM = "sum."
 
 
 def unit_programs(unit: Unit, request: ProgramRequest) -> list[Traced]:
     """Forward, recompute and backward of one unit."""
     tokens = (request.microbatch_size * request.sequence_length, request.model.block.hidden)
     x, dy = Port("x", "activation", tokens), Port("dy", "gradient", tokens)
-    inputs = (dy, x, *unit.weights, *_constant_ports(unit.constants))
+    sums = _sum_ports(unit)
+    inputs = (dy, *sums, x, *unit.weights, *_constant_ports(unit.constants))
     graph = _trace_unit(unit, inputs)
     ports_of = dict(zip([n for n in graph.nodes if n.op == "placeholder"], inputs, strict=True))
-    found = cut(graph, seeds=1)
+    found = cut(graph, seeds=1 + len(sums))
     free = {size for port in unit.weights for size in port.shape if isinstance(size, str)}
     saved = {node: _saved_port(i, node, *free) for i, node in enumerate(found.saved)}
     gradients = [Port("dx", "gradient", tokens)]
@@ -66,6 +69,14 @@ def _is_residual(node: fx.Node, tokens: tuple[int, int]) -> bool:
     """
     sums = (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor)
     return node.target in sums and tuple(node.meta["val"].shape) == tokens
+
+
+def _sum_ports(unit: Unit) -> tuple[Port, ...]:
+    """Where a unit's gradients so far come in."""
+    if not unit.accumulates:
+        return ()
+    shapes = {port.name: port.shape for port in unit.weights}
+    return tuple(Port(f"{SUM}{name}", "gradient", shapes[name]) for name in unit.trained)
 
 
 def _constant_ports(constants: Mapping[str, Tensor]) -> tuple[Port, ...]:
@@ -117,9 +128,14 @@ def _trace_unit(unit: Unit, inputs: tuple[Port, ...]) -> fx.Graph:
         moving = {name: given[name] for name in ("x", *unit.trained)}
         found: Any = torch.func.vjp(lambda m: unit.compute({**given, **m}), moving)
         (gradients,) = found[1](given["dy"])
-        return (found[0], *(gradients[name] for name in moving))
+        sums = [given.get(f"{SUM}{name}") for name in moving]
+        return (found[0], *(_added(gradients[n], s) for n, s in zip(moving, sums, strict=True)))
 
     return trace(both, inputs)
+
+
+def _added(gradient: Tensor, before: Tensor | None) -> Tensor:
+    return gradient if before is None else gradient + before
 
 
 def trace(compute: Callable[[Values], tuple[Tensor, ...]], inputs: tuple[Port, ...]) -> fx.Graph:

@@ -32,7 +32,8 @@ from confidantd.models.tensors import target_linears
 class Unit:
     """`compute` takes the tokens `x`, the weights and the constants by name.
 
-    `recomputes`: what the forward saves is asked for without its output, too.
+    `recomputes`: what the forward saves is asked for without its output, too. `accumulates`:
+    the backward adds to gradients; those of parts are added by who knows which rows are whose.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Unit:
     compute: Callable[[Values], Tensor]
     constants: Values
     recomputes: bool = True
+    accumulates: bool = False
 
 
 def training_units(request: ProgramRequest) -> tuple[Unit, ...]:
@@ -81,6 +83,7 @@ def _block(request: ProgramRequest) -> Unit:
         _names(adapter if request.lora is not None else layout),
         lambda values: block(values, spec, request.microbatch_size, scale),
         _rope_tables(request),
+        accumulates=True,
     )
 
 

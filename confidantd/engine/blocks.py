@@ -9,10 +9,10 @@ from typing import Protocol
 
 from confidantd.engine.program import Programs
 from confidantd.engine.tensors import Floats
-from confidantd.engine.trained_weights import Group
+from confidantd.engine.trained_weights import GRADIENT, Group
 
 Named = dict[str, Floats]
-SAVED = "saved."
+SAVED, SUM = "saved.", "sum."
 
 
 @dataclass(slots=True)
@@ -87,12 +87,14 @@ class FusedBlocks:
         (kept,) = saved.units[self.UNIT]
         if len(kept) == len(self._held):
             kept = kept | self._recompute.run({"x": x}, kept, block.weights)
-        targets = block.gradient_targets()
-        found = self._backward.run({"dy": dy, "x": x}, kept, block.weights, into=targets)
+        sums = block.accumulators()
+        into = {f"{GRADIENT}{name}": array for name, array in sums.items()}
+        before = {f"{SUM}{name}": array for name, array in sums.items()}
+        feeds = {"dy": dy, "x": x, **before}
+        found = self._backward.run(feeds, kept, block.weights, into=into)
         seconds = time.perf_counter() - started
         self.busy_seconds += seconds
         self._clock.add({self._name: seconds})
-        block.add_gradients(found)
         return found["dx"].reshape(x.shape)
 
     def take_backward_seconds(self) -> dict[str, float]:

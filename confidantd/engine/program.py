@@ -98,7 +98,7 @@ class EngineProgram:
         reason = first_line(failure)
         if self._backend.name != CpuBackend.name:  # out of its memory, too: the CPU can go on
             return BackendError(f"{self._backend.name} failed in {self.name}: {reason}")
-        if "allocate" in str(failure):
+        if "allocate" in str(failure) or "bad_alloc" in str(failure):
             return MemoryError(f"{self.name}: {reason}")
         return WorkerError(f"program {self.name} failed: {reason}")
 

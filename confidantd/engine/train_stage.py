@@ -76,8 +76,6 @@ class TrainStage:
     ) -> None:
         self._spec = spec
         self._paths, self._threads, self._backend = programs, threads, backend
-        tokens = spec.microbatch_size * spec.sequence_length
-        self._head_chunk = head_chunk(tokens, spec.model.vocabulary)
         self._team: Team | None = None
         self._split_head: SplitHead | None = None
         self._scheduled: ScheduledBlocks | None = None
@@ -91,6 +89,8 @@ class TrainStage:
     def _load_programs(self) -> None:
         """Those that this stage runs, on one backend."""
         spec, paths, threads, backend = self._spec, self._paths, self._threads, self._backend
+        tokens = spec.microbatch_size * spec.sequence_length
+        self._head_chunk = head_chunk(tokens, spec.model.vocabulary, spec.form)
         embedding = {"embedding_forward"} if spec.embedding else set()
         head = HEAD_PROGRAMS if spec.head else set()
         self._programs = {

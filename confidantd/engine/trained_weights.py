@@ -96,13 +96,9 @@ class Group:
     weights: dict[str, Floats] = field(default_factory=dict)
     trained: dict[str, Trained] = field(default_factory=dict)
 
-    def gradient_targets(self) -> dict[str, Floats]:
-        """Where a program may write the first gradients of a step, by output name."""
-        return {
-            f"{GRADIENT}{name}": trained.rows(0, len(trained.weight))
-            for name, trained in self.trained.items()
-            if trained.empty(0)
-        }
+    def accumulators(self) -> dict[str, Floats]:
+        """This step's gradients so far by weight, for a program that adds to them in place."""
+        return {name: trained.accumulator() for name, trained in self.trained.items()}
 
     def add_gradients(self, outputs: dict[str, Floats]) -> None:
         """Accumulate the outputs called `gradient.<weight>`."""

@@ -78,6 +78,7 @@ class Launcher:
         self._devices, self._optimizer, self._seed = devices, optimizer, seed
         self._without: dict[DeviceId, str] = {}
         self._links: dict[tuple[DeviceId, DeviceId], LinkSeen] = {}
+        self._failed: ConfidantError | None = None
         self._epoch = log.record.epoch
         self._material: Material | None = None
 
@@ -89,7 +90,7 @@ class Launcher:
         while True:
             if self._material is None:
                 await self._prepare()
-            plan = await self._ask("job.negotiate")
+            plan = await self._planned("job.negotiate")
             pipeline = await self._adopted(plan, {}, None, 0)
             try:
                 await pipeline.start()
@@ -102,9 +103,19 @@ class Launcher:
 
     async def _prepare(self) -> None:
         """Refuse what cannot be before compiling, cut the batch, and get all that is needed."""
-        plan = await self._ask("job.plan")
+        plan = await self._planned("job.plan")
         self._workload = replace(self._asked, microbatches=plan.microbatches)
         self._material = await prepare(self._services, self._log, self._workload, self._devices)
+
+    async def _planned(self, method: str) -> Plan:
+        """A plan for the devices that are left; without one, why the last one was left out."""
+        try:
+            return await self._ask(method)
+        except ConfidantError as failure:
+            if self._failed is None:
+                raise
+            rest = f"; without it: {failure.message}"
+            raise type(self._failed)(f"{self._failed.message}{rest}", self._failed.hint) from None
 
     def goes_on_without(self, pipeline: Pipeline, plan: Plan) -> bool:
         """Whether a stage of a pipeline failed on its own, on a device that others can replace.
@@ -116,6 +127,7 @@ class Launcher:
         if failed is None or failed[1].code not in OWN_FAULTS or self._devices:
             return False
         stage = plan.stages[failed[0]]
+        self._failed = failed[1]
         self._without[stage.device] = f"its stage failed: {failed[1].message}"
         self._next_epoch()
         if self._asked.microbatches == 0:

@@ -18,6 +18,7 @@ from confidantd.jobs.speeds import SpeedBook
 from confidantd.jobs.splits import Splits, program_request
 from confidantd.jobs.stage_blobs import StageBlobs
 from confidantd.jobs.stage_process import StageProcess
+from confidantd.planner.memory import enforced_bytes
 from confidantd.store.blobs import BlobStore
 from confidantd.tasks import TaskSet
 from confidantd.wire.codec import from_map, to_map
@@ -175,9 +176,13 @@ class StageHost:
             held.process = await StageProcess.start(log, hear)
             await asyncio.to_thread(self._speeds.begin, assignment)
             self._tasks.start(held.process.run(), f"events-{assignment.job}")
-        return await held.process.load(self._load(assignment, blobs))
+        resources = await asyncio.to_thread(self._resources)
+        limit = enforced_bytes(assignment.memory_bytes, resources.available_bytes)
+        return await held.process.load(self._load(assignment, blobs, limit))
 
-    def _load(self, assignment: StageAssignment, blobs: dict[Digest, BlobRange]) -> Load:
+    def _load(
+        self, assignment: StageAssignment, blobs: dict[Digest, BlobRange], limit_bytes: int
+    ) -> Load:
         spec, splits = assignment.spec, self._splits
         file = splits.file(program_request(spec), spec.form)
         return Load(
@@ -189,6 +194,7 @@ class StageHost:
             splits.split,
             str(file),
             str(self._home / "jobs" / assignment.job / TURNS),
+            limit_bytes,
         )
 
     async def _command(self, owner: DeviceId, params: dict[str, Any]) -> dict[str, Any]:

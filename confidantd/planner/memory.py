@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from confidantd.planner.workload import (
@@ -13,18 +14,32 @@ from confidantd.planner.workload import (
 )
 from confidantd.schedule.one_f_one_b import in_flight
 
-RUNTIME_BYTES = 90 * 1024 * 1024  # a worker with numpy, onnxruntime and its links, measured
+# A worker with numpy, onnxruntime and its links: 73 MiB when it begins, 17 for sessions and the
+# code that they run, 6 for TLS and frames on their way; measured.
+RUNTIME_BYTES = 96 * 1024 * 1024
 PROVIDER_BYTES = 180 * 1024 * 1024  # a further provider in the worker: OpenVINO's, measured
 # A provider that does not share the host's memory copies a block's weights into the programs
-# of its forward and backward, and its gradients out of the latter.
-PROVIDER_COPIES = {"full": 3, "lora": 2, None: 1}
-# The head computes chunks of so many tokens that its logits stay within this. A head of 32,000
-# tokens' vocabulary takes 0.86 ms a token 256 at a time, 0.94 at 128, 1.08 at 64, 1.4 at 32.
-HEAD_BYTES = 64 * 1024 * 1024
+# of its forward and backward, and its gradients into and out of the latter.
+PROVIDER_COPIES = {"full": 4, "lora": 2, None: 1}
+# The head computes chunks of so many tokens that its logits stay within this. With 32,000 words
+# a token takes 0.86 ms 256 at a time, 0.92 at 128, 1.08 at 64, 1.34 at 32.
+HEAD_BYTES: Mapping[Form, int] = {"saved": 64 * 1024 * 1024, "recompute": 16 * 1024 * 1024}
+LEAST_CHUNK = 32  # tokens; 16 at a time would take twice as long as 64
 LOGIT_COPIES = 2  # logits, and their exponentials
+# Of the arrays that a block's backward has at a time; with these, stages of Llama and GPT-2, 384
+# and 768 wide, 2 x 128 and 2 x 256 tokens, take 0 to 7 % less than said.
 ATTENTION_COPIES = 4  # scores, probabilities and their gradients [b, H, S, S]
 COLUMN_COPIES = 6  # gate, up, their product and the gradients [b, S, columns]
 HIDDEN_COPIES = 12  # residuals, norms, q, k, v and their gradients [b, S, D]
+# How far a stage may be over what was planned before it is ended: the error of this model.
+MODEL_ERROR = 0.10
+
+
+def enforced_bytes(granted: int, left: int) -> int:
+    """The most that a stage may use: what it was granted and the error of the model, as far as
+    the device has that `left` beside what it granted.
+    """
+    return granted + max(0, min(int(MODEL_ERROR * granted), left))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,19 +95,19 @@ def stage_memory(
         moments=2 * FLOAT_BYTES * trained,
         kept=kept,
         cache=_cache_bytes(work, layers),
-        workspace=_workspace_bytes(work, head=head),
-        providers=providers * _provider_bytes(work, head=head),
+        workspace=_workspace_bytes(work, form, head=head),
+        providers=providers * _provider_bytes(work, form, head=head),
     )
 
 
-def _provider_bytes(work: Workload, *, head: bool) -> int:
+def _provider_bytes(work: Workload, form: Form, *, head: bool) -> int:
     """Of one further backend, at the most: as if it had nearly all of a block and the head."""
     held = work.block_parameters
     if head and work.method is not None:
         held += work.head_parameters
     floats = PROVIDER_COPIES[work.method] * held
     if head and work.method is not None:
-        floats += LOGIT_COPIES // 2 * work.tokens * work.vocabulary
+        floats += _logit_floats(work, form)
     return PROVIDER_BYTES + FLOAT_BYTES * floats
 
 
@@ -106,8 +121,10 @@ def _cache_bytes(work: Workload, layers: int) -> int:
     return copies * 2 * FLOAT_BYTES * layers * work.kv_width * work.sequence_length
 
 
-def _workspace_bytes(work: Workload, *, head: bool) -> int:
-    """The larger of what a block's program and the head's program need while they run."""
+def _workspace_bytes(work: Workload, form: Form, *, head: bool) -> int:
+    """What programs need while they run. Those of blocks and head share one arena, but what the
+    one leaves free has not the sizes that the other asks for, so they are added up.
+    """
     tokens, length = work.tokens, work.sequence_length
     attention = work.microbatch_size * work.heads * length * length
     floats = (
@@ -115,16 +132,20 @@ def _workspace_bytes(work: Workload, *, head: bool) -> int:
         + COLUMN_COPIES * tokens * work.columns
         + HIDDEN_COPIES * tokens * work.hidden
     )
-    if work.method == "full":
-        floats += work.block_parameters  # a block's gradients before they are added up
     if head and work.method is not None:
-        logits = LOGIT_COPIES * tokens * work.vocabulary
-        table = work.head_parameters if work.method == "full" else 0
-        floats = max(floats, logits + table)
+        floats += _logit_floats(work, form)
     return FLOAT_BYTES * floats
 
 
-def head_chunk(tokens: int, vocabulary: int) -> int:
+def _logit_floats(work: Workload, form: Form) -> int:
+    """Of the largest chunk: even chunks of more tokens may be smaller, and so need less."""
+    return LOGIT_COPIES * min(work.tokens, _most_tokens(work.vocabulary, form)) * work.vocabulary
+
+
+def head_chunk(tokens: int, vocabulary: int, form: Form) -> int:
     """How many of `tokens` the head takes at a time: even chunks within `HEAD_BYTES`."""
-    most = max(1, HEAD_BYTES // (LOGIT_COPIES * FLOAT_BYTES * vocabulary))
-    return -(-tokens // -(-tokens // most))
+    return -(-tokens // -(-tokens // _most_tokens(vocabulary, form)))
+
+
+def _most_tokens(vocabulary: int, form: Form) -> int:
+    return max(LEAST_CHUNK, HEAD_BYTES[form] // (LOGIT_COPIES * FLOAT_BYTES * vocabulary))

@@ -41,7 +41,8 @@ class Load:
     `backends` are those to use, the CPU's first; `split` says whether they share blocks:
     where it is faster, always, or never; `split_file` is where this device remembers what
     it measured of blocks of this shape. `turns_file`: with it this stage and another one of
-    the job on this device take turns at computing.
+    the job on this device take turns at computing. The worker ends itself when it uses more
+    than `memory_limit_bytes`, unless that is 0.
     """
 
     assignment: StageAssignment
@@ -52,6 +53,7 @@ class Load:
     split: Split = "auto"
     split_file: str = ""
     turns_file: str = ""
+    memory_limit_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import threading
 from typing import BinaryIO
 
 from confidantd.errors import ProtocolError
@@ -25,6 +26,7 @@ class ControlPipe:
     def __init__(self, reader: asyncio.StreamReader, output: BinaryIO) -> None:
         self._reader = reader
         self._output = output
+        self._writing = threading.Lock()
 
     @classmethod
     async def standard(cls) -> ControlPipe:
@@ -51,11 +53,14 @@ class ControlPipe:
             return None
 
     def send(self, event: Event) -> None:
-        """Write an event: it is small and the daemon always reads, so this blocks for no time."""
-        try:
-            self._output.write(encode_message(event))
-        except BrokenPipeError:
-            return  # the daemon is gone; `receive` says so too and ends the worker
+        """Write an event, whole: threads take turns. It is small and the daemon always reads, so
+        this blocks for no time.
+        """
+        with self._writing:
+            try:
+                self._output.write(encode_message(event))
+            except BrokenPipeError:
+                return  # the daemon is gone; `receive` says so too and ends the worker
 
     def close(self) -> None:
         """Close the event side."""

@@ -1,13 +1,25 @@
-"""How much memory this process has used."""
+"""How much memory this process uses, and a watch that ends it before it uses too much."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import os
 import re
 import resource
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
+from confidantd.errors import DoesNotFitError
+from confidantd.wire.stage import StageAssignment
+
 _HIGH_WATER = re.compile(r"^VmHWM:\s+(\d+) kB$", re.MULTILINE)
+# A phone's core fills 2 GB of fresh memory a second, so a stage is at most 40 MB too large
+# when it is seen. A look takes 15 microseconds.
+WATCH_SECONDS = 0.02
+MEGABYTE = 1e6
 
 
 def peak_memory_bytes() -> int:
@@ -21,3 +33,68 @@ def peak_memory_bytes() -> int:
     # on Linux this one begins with what the parent had when it started us
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
+
+
+def memory_bytes() -> int:
+    """Resident set of this process now; where the system does not tell, its largest so far."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return peak_memory_bytes()
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def give_back_freed() -> None:
+    """Return to the system what was freed between arrays that live on, where its C library can."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def too_large(place: StageAssignment | None, used_bytes: int, bound: str) -> DoesNotFitError:
+    """What a person is told of a stage that needs more than it was granted; `bound` says what
+    it ran into.
+    """
+    used = f"{used_bytes / MEGABYTE:.0f} MB"
+    if place is None:
+        return DoesNotFitError(f"a worker uses {used} before it holds a stage, {bound}")
+    spec, granted = place.spec, f"{place.memory_bytes / MEGABYTE:.0f} MB"
+    hint = "let it use more (confidantd --memory), or add a device"
+    if spec.training is not None:
+        hint += ", or train with more --microbatches or --method lora"
+    return DoesNotFitError(
+        f"stage {place.stage} (layers {spec.first_layer} to {spec.past_last_layer - 1}) uses "
+        f"{used} where it was granted {granted}, {bound}",
+        hint,
+    )
+
+
+class MemoryWatch:
+    """Looks at this process's memory from a thread of its own, and calls `too_much` with the
+    bytes once they are over `limit_bytes`, which may change; 0 is no limit.
+
+    In the worker and not in its daemon: it goes on when that is busy, and needs no permission
+    to look into another process.
+    """
+
+    def __init__(self, limit_bytes: int, too_much: Callable[[int], None]) -> None:
+        self.limit_bytes = limit_bytes
+        self._too_much = too_much
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="memory-watch", daemon=True)
+
+    def start(self) -> None:
+        """Watch until `stop`."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._over.wait(WATCH_SECONDS):
+            used, limit = memory_bytes(), self.limit_bytes
+            if limit and used > limit:
+                self._too_much(used)
+                return

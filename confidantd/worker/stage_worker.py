@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import assert_never
 
 from confidantd.engine.decode_stage import DecodeStage
@@ -30,6 +31,13 @@ from confidantd.worker.control import ControlPipe
 from confidantd.worker.exchange import Exchange
 from confidantd.worker.generator import Generator
 from confidantd.worker.links import Links
+from confidantd.worker.memory import (
+    MEGABYTE,
+    MemoryWatch,
+    give_back_freed,
+    memory_bytes,
+    too_large,
+)
 from confidantd.worker.results import write_states, write_trained
 from confidantd.worker.stages import (
     become,
@@ -50,6 +58,8 @@ class StageWorker:
         self._pipe = pipe
         self._tasks = TaskSet("worker")
         self._commands: asyncio.Queue[Command] = asyncio.Queue(MAX_WAITING_COMMANDS)
+        self._watch = MemoryWatch(0, self._used_too_much)
+        self._place: StageAssignment | None = None
 
     async def run(self) -> int:
         """Obey commands until `Stop` or until the daemon is gone; gives the exit status."""
@@ -63,11 +73,19 @@ class StageWorker:
             self._pipe.send(Failed(**failure.to_wire()))
             return 1
         except MemoryError:
-            self._pipe.send(Failed("does-not-fit", "the stage ran out of memory", ""))
+            refused = too_large(self._place, memory_bytes(), "and the system gives no more")
+            self._pipe.send(Failed(**refused.to_wire()))
             return 1
         finally:
             await self._tasks.close()
+            self._watch.stop()
         return 0
+
+    def _used_too_much(self, used_bytes: int) -> None:
+        """On the thread of the watch: say so and end at once, whatever is computed now."""
+        bound = f"and may use {self._watch.limit_bytes / MEGABYTE:.0f} MB"
+        self._pipe.send(Failed(**too_large(self._place, used_bytes, bound).to_wire()))
+        os._exit(1)
 
     async def _read_commands(self) -> None:
         """Queue commands until the daemon is gone, which ends the worker at once."""
@@ -78,6 +96,8 @@ class StageWorker:
         load = await self._commands.get()
         if not isinstance(load, Load):
             raise ProtocolError("the first command of a worker must be Load")
+        self._place, self._watch.limit_bytes = load.assignment, load.memory_limit_bytes
+        self._watch.start()
         exchange = Exchange(make_links(load), load.turns_file)
         try:
             self._pipe.send(Listening(await exchange.links.listen(load.hosts)))
@@ -129,10 +149,14 @@ class StageWorker:
 
     async def _become(self, load: Load, stage: TrainStage, exchange: Exchange) -> None:
         """Go on as another stage, with new links: frames of the last epoch find none of them."""
+        # the larger of both limits until what the old stage leaves is given back
+        self._watch.limit_bytes = _larger_limit(self._watch.limit_bytes, load.memory_limit_bytes)
         await exchange.links.close()
         exchange.links = make_links(load)
         self._pipe.send(Listening(await exchange.links.listen(load.hosts)))
         await exchange.compute(become, stage, load, PipeReport(self._pipe.send))
+        await exchange.compute(give_back_freed)
+        self._place, self._watch.limit_bytes = load.assignment, load.memory_limit_bytes
         self._pipe.send(Loaded(dict(stage.resident_bytes())))
 
     async def _serve_generation(self, load: Load, exchange: Exchange) -> None:
@@ -165,3 +189,8 @@ class StageWorker:
     async def _connect(self, command: Connect, place: StageAssignment, links: Links) -> None:
         await links.connect({a.stage: a for a in command.stages}, partners(place))
         self._pipe.send(Connected())
+
+
+def _larger_limit(first: int, second: int) -> int:
+    """0 is no limit."""
+    return max(first, second) if first and second else 0

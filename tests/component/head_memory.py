@@ -20,7 +20,7 @@ from confidantd.worker.memory import peak_memory_bytes
 
 def main(program: str, tokens: int, vocabulary: int, width: int) -> None:
     """Prints the bytes."""
-    chunk = head_chunk(tokens, vocabulary)
+    chunk = head_chunk(tokens, vocabulary, "saved")
     programs = load_programs({"head_backward": Path(program)}, {"head_backward"}, 1, None,
                              sizes_of(chunk))  # fmt: skip
     table = np.full((vocabulary, width), 0.01, np.float32)

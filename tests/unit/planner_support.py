@@ -27,13 +27,14 @@ def workload(
     tied: bool = False,
     saved_rows: int = 0,
     load: int = 0,
+    vocabulary: int = 32_000,
 ) -> Workload:
     """A Llama of 768 wide, 12 heads, MLP 2048, vocabulary 32,000.
 
     In the saved form a block keeps `saved_rows` times as much as its input. `load` is of
     generation only.
     """
-    hidden, columns, vocabulary = 768, 2048, 32_000
+    hidden, columns = 768, 2048
     return Workload(
         model="m",
         layers=layers,

@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from confidantd.planner.memory import PROVIDER_BYTES, MemoryEstimate, stage_memory
+from confidantd.planner.memory import (
+    HEAD_BYTES,
+    LEAST_CHUNK,
+    PROVIDER_BYTES,
+    MemoryEstimate,
+    enforced_bytes,
+    head_chunk,
+    stage_memory,
+)
 from confidantd.planner.workload import Method, Workload
 from tests.unit.planner_support import workload
 
@@ -96,6 +104,34 @@ def test_a_further_backend_takes_its_library_and_copies_of_weights() -> None:
 
     assert extra(train, 0, head=True) == 0
     assert extra(train, 2, head=False) == 2 * extra(train, 1, head=False)
-    assert extra(train, 1, head=False) == PROVIDER_BYTES + 4 * 3 * train.block_parameters
+    assert extra(train, 1, head=False) == PROVIDER_BYTES + 4 * 4 * train.block_parameters
     assert extra(train, 1, head=True) > extra(train, 1, head=False)
     assert extra(generate, 1, head=True) == PROVIDER_BYTES + 4 * generate.block_parameters
+
+
+def test_logits_come_in_even_chunks_within_their_bytes() -> None:
+    """Fewer at a time where memory is short; never so few that the head's products get slow."""
+    assert head_chunk(256, 32_000, "saved") == 256
+    assert head_chunk(300, 32_000, "saved") == 150
+    assert head_chunk(256, 32_000, "recompute") == 64
+    assert head_chunk(2048, 128_000, "recompute") == LEAST_CHUNK
+    assert head_chunk(5, 128_000, "saved") == 5
+    for vocabulary in (1_000, 32_000, 128_000, 262_144):
+        chunk = head_chunk(100_000, vocabulary, "saved")
+        assert chunk == LEAST_CHUNK or 8 * chunk * vocabulary <= HEAD_BYTES["saved"]
+
+
+def test_a_head_with_a_large_vocabulary_needs_its_chunks_only() -> None:
+    small, large = (workload(microbatch_size=size, vocabulary=128_000) for size in (2, 16))
+    for form in ("saved", "recompute"):
+        place = {"embedding": False, "head": True, "stage": 1, "stages": 2, "form": form}
+        few, many = (stage_memory(w, 1, **place) for w in (small, large))  # type: ignore[arg-type]
+        blocks = (stage_memory(w, 1, **place | {"head": False}) for w in (small, large))  # type: ignore[arg-type]
+        grown = many.workspace - few.workspace
+        assert grown == -sum(b.workspace * sign for b, sign in zip(blocks, (1, -1), strict=True))
+
+
+def test_a_stage_may_use_what_it_was_granted_and_the_error_of_the_model() -> None:
+    assert enforced_bytes(1_000, 5_000) == 1_100
+    assert enforced_bytes(1_000, 30) == 1_030  # the device has no more
+    assert enforced_bytes(1_000, 0) == enforced_bytes(1_000, -50) == 1_000

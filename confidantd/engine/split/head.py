@@ -58,7 +58,7 @@ class SplitHead:
         split: Split = "auto",
     ) -> None:
         self._team = team
-        self._vocabulary = spec.model.vocabulary
+        self._vocabulary, self._form = spec.model.vocabulary, spec.form
         ways = tuple(
             way
             for way in ways_of(spec.microbatch_size * spec.sequence_length, team.names)
@@ -175,7 +175,7 @@ class SplitHead:
             if count:
                 part = slice(first, first + count)
                 own = np.zeros_like(whole) if found and whole is not None else None
-                size = head_chunk(count, self._vocabulary)
+                size = head_chunk(count, self._vocabulary, self._form)
                 work = HeadPass(
                     size, x[part], wanted[part], scale, dx[part], whole if own is None else own
                 )
