@@ -80,6 +80,8 @@ class Run:
             event = json.loads(line)
             with self._heard:
                 self.events.append(event)
+                if event["event"] == "plan":
+                    self._times.clear()  # steps of another plan are no measure of this one
                 if event["event"] == "step":
                     self._times.append(time.monotonic())
                 self._heard.notify_all()
@@ -91,10 +93,13 @@ class Run:
         """Until so many steps are done."""
         with self._heard:
             there = self._heard.wait_for(
-                lambda: self._ended or len(self._times) >= steps, STEP_SECONDS * steps
+                lambda: self._ended or self._steps() >= steps, STEP_SECONDS * steps
             )
-            if not there or len(self._times) < steps:
+            if not there or self._steps() < steps:
                 raise RuntimeError(f"the job ended early: {self.events[-1:]}")
+
+    def _steps(self) -> int:
+        return max((e["step"] for e in self.events if e["event"] == "step"), default=0)
 
     def step_seconds(self) -> float:
         """Median of the times between two steps; the first one also fills memory."""

@@ -12,7 +12,6 @@ from confidantd.errors import (
     DeclinedError,
     DeviceError,
     NoCoordinatorError,
-    ProtocolError,
 )
 from confidantd.ids import DeviceId
 from confidantd.jobs.peers import Peers
@@ -29,6 +28,7 @@ from confidantd.jobs.plan_inputs import (
     takes_no_part,
     with_current,
 )
+from confidantd.jobs.request_checks import check_request
 from confidantd.jobs.services import SwarmView
 from confidantd.planner.costs import PlanDevice
 from confidantd.planner.microbatches import Cut
@@ -74,30 +74,33 @@ class Coordinator:
     async def _plan(self, owner: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
         self._term()
         request = from_map(PlanRequest, params)
-        cuts = await self._cuts(request, owner)
-        plan = await self._make(request, cuts, owner, ())
+        plan = await self._make(request, await self._cuts(request, owner), owner, ())
         return to_map(await self._with_backends(_as_planned(request, plan), plan))
 
     async def _negotiate(self, owner: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
         request = from_map(PlanRequest, params)
         async with self._one_at_a_time:
-            cuts = await self._cuts(request, owner)
-            dropped: tuple[LeftOut, ...] = ()
             asked: set[DeviceId] = set()
-            for round_ in range(MAX_ROUNDS):
-                try:
-                    plan = await self._make(request, cuts, owner, dropped)
-                except ConfidantError:
-                    await self._withdraw(request, asked)
-                    raise
-                declined = await self._offer_all(request, plan, owner, round_)
-                asked |= {stage.device for stage in plan.stages}
-                if not declined:
-                    await self._withdraw(request, asked - {s.device for s in plan.stages})
-                    return to_map(await self._with_backends(_as_planned(request, plan), plan))
-                dropped += _dropped(cuts[0].devices, declined)
-                cuts = [Cut(c.work, _with_answers(c.devices, declined)) for c in cuts]
-            await self._withdraw(request, asked)
+            try:
+                plan = await self._accepted(request, owner, asked)
+            except BaseException:
+                await asyncio.shield(self._withdraw(request, asked))
+                raise
+            await self._withdraw(request, asked - {s.device for s in plan.stages})
+        return to_map(await self._with_backends(_as_planned(request, plan), plan))
+
+    async def _accepted(self, request: PlanRequest, owner: DeviceId, asked: set[DeviceId]) -> Plan:
+        """A plan that all its devices accepted; `asked` gets every device that was offered any."""
+        cuts = await self._cuts(request, owner)
+        dropped: tuple[LeftOut, ...] = ()
+        for round_ in range(MAX_ROUNDS):
+            plan = await self._make(request, cuts, owner, dropped)
+            asked |= {stage.device for stage in plan.stages}
+            declined = await self._offer_all(request, plan, owner, round_)
+            if not declined:
+                return plan
+            dropped += _dropped(cuts[0].devices, declined)
+            cuts = [Cut(c.work, _with_answers(c.devices, declined)) for c in cuts]
         reasons = "; ".join(f"{d[:8]}: {answer.reason}" for d, answer in declined.items())
         raise DeclinedError(f"the devices declined every plan ({reasons})", "try again in a minute")
 
@@ -105,25 +108,28 @@ class Coordinator:
         """Ways to cut the batch, each with the devices that may hold a stage, as fast as they
         know themselves to be.
         """
+        check_request(request)
         requests = cut_requests(request)
         exempt = exempt_from_policy(request, owner)
         found = plan_devices(self._swarm.peers(), request.devices, exempt)
         devices = [with_current(d, request) for d in found if d.id not in request.without]
         question = to_map(SpeedsQuestion(tuple(map(program_request, requests))))
-        known = await asyncio.gather(*(self._speeds(device.id, question) for device in devices))
+        asked = len(requests)
+        known = await asyncio.gather(*(self._speeds(d.id, question, asked) for d in devices))
         speeds = {device.id: answer for device, answer in zip(devices, known, strict=True)}
         return list(cuts_of(requests, devices, speeds))
 
     async def _speeds(
-        self, device: DeviceId, question: dict[str, Any]
+        self, device: DeviceId, question: dict[str, Any], asked: int
     ) -> tuple[Speeds | None, ...]:
         try:
             found = await self._peers.request(
                 device, "device.speeds", question, timeout_seconds=SPEEDS_SECONDS
             )
-            return from_map(KnownSpeeds, found).speeds
+            speeds = from_map(KnownSpeeds, found).speeds
         except ConfidantError:  # it is planned for by its GFLOP/s
             return ()
+        return speeds if len(speeds) == asked else ()
 
     async def _make(
         self,
@@ -226,9 +232,7 @@ class Coordinator:
                 device, "stage.offer", to_map(offer), timeout_seconds=OFFER_SECONDS
             )
             return from_map(OfferAnswer, answer)
-        except ProtocolError:
-            raise
-        except ConfidantError as failure:  # it left, or refuses: plan without it
+        except ConfidantError as failure:  # it left, refuses, or talks nonsense: plan without it
             return OfferAnswer(False, 0, failure.message, refuses=True)
 
     def _term(self) -> int:

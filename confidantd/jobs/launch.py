@@ -16,15 +16,16 @@ from dataclasses import dataclass, replace
 from confidantd.errors import ConfidantError, DeviceError
 from confidantd.ids import DeviceId
 from confidantd.jobs.assign import Material, assignments
-from confidantd.jobs.moving import exports
-from confidantd.jobs.pipeline import Pipeline, Placed
+from confidantd.jobs.moving import exports, handed_over, trained_sizes
+from confidantd.jobs.pipeline import Pipeline, Placed, stop_stages
 from confidantd.jobs.prepare import prepare
 from confidantd.jobs.record import JobLog
 from confidantd.jobs.services import JobServices, SwarmView, ask_coordinator, emit_progress
 from confidantd.jobs.setup import Workload
 from confidantd.jobs.stage_notes import StageNotes
 from confidantd.planner.plan import Plan
-from confidantd.planner.replan import worth_moving
+from confidantd.planner.replan import continued, worth_moving
+from confidantd.tasks import plain_errors
 from confidantd.wire.codec import from_map, to_map
 from confidantd.wire.jobs import (
     CurrentStage,
@@ -35,14 +36,13 @@ from confidantd.wire.jobs import (
     StageProgress,
 )
 from confidantd.wire.stage import OptimizerSpec, StageSpec, StateEntry
-from confidantd.wire.worker import Exported
+from confidantd.wire.worker import Export, Exported
 
 _log = logging.getLogger(__name__)
 
-STATE_BYTES = 4
 LINK_SECONDS = 15.0  # a measurement ends after 3
 # What a stage that failed on its own says; a lost link is a symptom of something else.
-OWN_FAULTS = ("does-not-fit", "worker-failed", "backend-failed", "storage", "corrupt-file")
+OWN_FAULTS = ("does-not-fit", "worker-failed", "backend-failed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +91,11 @@ class Launcher:
             if self._material is None:
                 await self._prepare()
             plan = await self._planned("job.negotiate")
-            pipeline = await self._adopted(plan, {}, None, 0)
+            await self._show(plan)
+            pipeline = self._pipeline(plan, {}, None, 0)
             try:
-                await pipeline.start()
+                await pipeline.start_new()
+                await pipeline.start_rest()
             except BaseException as failure:
                 await asyncio.shield(pipeline.stop())
                 if not isinstance(failure, Exception) or not self.goes_on_without(pipeline, plan):
@@ -126,14 +128,19 @@ class Launcher:
         failed = pipeline.failed_stage
         if failed is None or failed[1].code not in OWN_FAULTS or self._devices:
             return False
-        stage = plan.stages[failed[0]]
-        self._failed = failed[1]
-        self._without[stage.device] = f"its stage failed: {failed[1].message}"
+        self._leave_out(plan, failed)
         self._next_epoch()
         if self._asked.microbatches == 0:
             self._workload, self._material = self._asked, None
-        self._emit_replan(f"{stage.name} is left out ({failed[1].message})", 0)
+        name = plan.stages[failed[0]].name
+        self._emit_replan(f"{name} is left out ({failed[1].message})", 0)
         return True
+
+    def _leave_out(self, plan: Plan, failed: tuple[int, ConfidantError]) -> None:
+        if failed[1].code in OWN_FAULTS:
+            self._failed = failed[1]
+            device = plan.stages[failed[0]].device
+            self._without[device] = f"its stage failed: {failed[1].message}"
 
     async def better_plan(self, launched: Launched, steps_left: int) -> bool:
         """Whether another plan than the running one would pay for the move; reserves nothing."""
@@ -167,28 +174,49 @@ class Launcher:
             return None
 
     async def move(self, launched: Launched, steps_done: int, reason: str) -> Launched | None:
-        """Go on with the plan of now; None if the devices declined it. Between two steps only.
+        """Go on with the plan of now, between two steps; None if that cannot be: then the job
+        goes on as it was.
 
-        Fails like a job's start does; both pipelines are stopped then.
+        Devices that join load their stages first. Only when all of them are ready do the
+        others let go of what they no longer need; what fails after that ends the job.
         """
         self._epoch += 1
+        self._log.record.state = "recovering"
         try:
             plan = await self._ask("job.negotiate", launched.current())
         except ConfidantError as failure:
-            _log.warning("job %s stays as it is: %s", self._log.record.id, failure)
+            self._stays(failure)
             return None
-        self._log.record.epoch = self._epoch
-        self._emit_replan(reason, steps_done)
-        state = await self._exported(launched, plan)
-        pipeline = await self._adopted(plan, state, launched.plan, steps_done)
+        pipeline: Pipeline | None = None
         try:
-            await pipeline.start()
+            state = await self._exported(launched, plan)
+            pipeline = self._pipeline(plan, state, launched.plan, steps_done)
+            await plain_errors(pipeline.start_new())
+        except BaseException as failure:
+            devices = {stage.device for stage in plan.stages}
+            key = (self._log.record.id, self._epoch)
+            await asyncio.shield(stop_stages(self._services.peers, devices, *key))
+            if not isinstance(failure, ConfidantError) or launched.pipeline.failed:
+                raise
+            if pipeline is not None and pipeline.failed_stage is not None:
+                self._leave_out(plan, pipeline.failed_stage)
+            self._stays(failure)
+            return None
+        try:
+            await pipeline.start_rest()
+            self._log.record.epoch = self._epoch
+            self._emit_replan(reason, steps_done)
+            await self._show(plan)
+            await launched.pipeline.stop()  # of the stages that did not go on
         except BaseException:
-            stops = (pipeline.stop(), launched.pipeline.stop())
-            await asyncio.shield(asyncio.gather(*stops))
+            await asyncio.shield(asyncio.gather(pipeline.stop(), launched.pipeline.stop()))
             raise
-        await launched.pipeline.stop()  # of the stages that did not go on
+        self._log.record.state = "running"
         return self._launched(pipeline, plan)
+
+    def _stays(self, failure: ConfidantError) -> None:
+        _log.warning("job %s stays as it is: %s", self._log.record.id, failure)
+        self._log.record.state = "running"
 
     def _same(self, plan: Plan, other: Plan) -> bool:
         return [(s.device, s.first_layer, s.past_last_layer, s.form) for s in plan.stages] == [
@@ -203,14 +231,17 @@ class Launcher:
         links = tuple(self._links.values())
         return replace(request, current=current, without=self._without, links=links)
 
-    async def _adopted(
-        self, plan: Plan, state: Mapping[str, StateEntry], before: Plan | None, steps_done: int
-    ) -> Pipeline:
-        """The pipeline of a negotiated plan, which is the job's from now on, on disk too."""
-        assert self._material is not None
-        self._log.record.devices = [stage.name for stage in plan.stages]
+    async def _show(self, plan: Plan) -> None:
+        """The plan is the job's from now on, on disk too."""
+        self._log.record.devices = list(dict.fromkeys(stage.name for stage in plan.stages))
         self._log.emit({"event": "plan", **plan.to_json()})
         await self._log.save()
+
+    def _pipeline(
+        self, plan: Plan, state: Mapping[str, StateEntry], before: Plan | None, steps_done: int
+    ) -> Pipeline:
+        """The pipeline of a negotiated plan; its stages are not started yet."""
+        assert self._material is not None
         found = assignments(
             self._workload,
             plan,
@@ -224,9 +255,16 @@ class Launcher:
             state=state,
             steps_done=steps_done,
         )
+        old = [stage.device for stage in before.stages] if before else []
+        following = continued(old, [stage.device for stage in plan.stages])
         placed = [
-            Placed(stage.device, _host(self._services.swarm, stage.device), assignment)
-            for stage, assignment in zip(plan.stages, found, strict=True)
+            Placed(
+                stage.device,
+                _host(self._services.swarm, stage.device),
+                assignment,
+                goes_on=index in following,
+            )
+            for index, (stage, assignment) in enumerate(zip(plan.stages, found, strict=True))
         ]
         notes, progress = StageNotes(self._log, plan), _StageProgressLog(self._log).add
         services = self._services
@@ -242,16 +280,15 @@ class Launcher:
         waiting = set(commands)
         while waiting:
             index, event = await pipeline.next_event()
-            if not isinstance(event, Exported):
-                continue
-            waiting.discard(index)
-            for tensor in event.tensors:
-                assert tensor.digest is not None
-                size = tensor.shape[1]
-                found[tensor.name] = StateEntry(
-                    tensor.name, size, 3 * STATE_BYTES * size, tensor.digest, stages[index].device
-                )
+            if isinstance(event, Exported) and index in waiting:
+                waiting.discard(index)
+                sizes = self._sizes(commands[index])
+                found |= handed_over(event, sizes, stages[index].device)
         return found
+
+    def _sizes(self, command: Export) -> dict[str, int]:
+        workload = self._workload
+        return trained_sizes(workload.spec, workload.method, workload.lora, command)
 
     def _launched(self, pipeline: Pipeline, plan: Plan) -> Launched:
         return Launched(pipeline, plan, tuple(p.assignment.spec for p in pipeline.placed))

@@ -96,6 +96,8 @@ def train_workload(options: TrainOptions | PlanOptions) -> Workload:
             "lower --sequence-length",
         )
     check_layers(options.devices, options.layers, model.spec.layers)
+    if options.layers and options.owner_ends == "always":
+        raise UsageError("--layers and --owner-ends always exclude each other")
     return Workload(
         model,
         method,

@@ -13,7 +13,7 @@ from confidantd.jobs.step_progress import StepProgress
 from confidantd.jobs.training_data import TokenBlocks
 from confidantd.planner.plan import StagePlan
 from confidantd.planner.replan import LEAST_LEFT_SECONDS, LINKS, Watch, with_links
-from confidantd.planner.simulate import LinkCost, StageCost
+from confidantd.planner.simulate import StageCost
 from confidantd.wire.worker import Evaluated, StepDone
 
 STEPS_AHEAD = 2  # batches that wait at the stages, so that none waits for the owner
@@ -78,10 +78,7 @@ class StepLoop:
                 with_links(
                     self._watch.planned,
                     [_cost(plan.stages[i], answers[i]) for i in sorted(answers)],
-                    [
-                        LinkCost(k.sending_seconds, k.seconds - k.sending_seconds)
-                        for k in plan.links
-                    ],
+                    [link.cost for link in plan.links],
                     plan.microbatches,
                     self._step_seconds,
                     plan.holders(),

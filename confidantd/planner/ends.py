@@ -27,27 +27,44 @@ LARGEST_MOVES = (4, 2, 1)  # layers that move at a time, the large ones first
 
 
 def both_ends(
-    work: Workload, devices: Sequence[PlanDevice], owner: DeviceId, best: Partition
+    work: Workload,
+    devices: Sequence[PlanDevice],
+    owner: DeviceId,
+    best: Partition,
+    *,
+    use_all: bool = False,
 ) -> Partition | None:
-    """The fastest ring that was found and fits; None if there is none, or for one device."""
+    """The fastest ring that was found and fits; None if there is none, or for one device.
+
+    `use_all`: every device must be in it.
+    """
     if work.method is None or len(devices) < 2 or work.layers < 2:
         return None
     first = next(device for device in devices if device.id == owner)
     found = [
         ring
-        for between in _between(work, devices, first, best)
+        for between in _between(work, devices, first, best, use_all=use_all)
         if (ring := _Ring(work, [first, *between, first]).best()) is not None
     ]
     return min(found, key=lambda ring: ring.seconds, default=None)
 
 
 def _between(
-    work: Workload, devices: Sequence[PlanDevice], first: PlanDevice, best: Partition
+    work: Workload,
+    devices: Sequence[PlanDevice],
+    first: PlanDevice,
+    best: Partition,
+    *,
+    use_all: bool,
 ) -> Iterator[list[PlanDevice]]:
     """Devices between the ends, in order: those of the best plan, and fewer and fewer."""
-    order = [device for device in best.devices if device.id != first.id][:MOST_BETWEEN]
+    order = [device for device in best.devices if device.id != first.id]
+    others = [device for device in devices if device.id != first.id]
+    if use_all:
+        yield [*order, *(device for device in others if device not in order)]
+        return
+    order = order[:MOST_BETWEEN]
     if not order:
-        others = [device for device in devices if device.id != first.id]
         order = [min(others, key=lambda d: stage_seconds(work, d, 1, head=False))]
     while order:
         if len(order) <= work.layers:

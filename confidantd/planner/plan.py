@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from confidantd.errors import DeviceError, DoesNotFitError
 from confidantd.ids import DeviceId
@@ -18,10 +18,10 @@ from confidantd.planner.partition import Partition, alternatives, best_partition
 from confidantd.planner.score import best_simulated, simulated_seconds
 from confidantd.planner.simulate import LinkCost
 from confidantd.planner.workload import Form, Workload
+from confidantd.wire.jobs import OwnerEnds
 from confidantd.wire.stage import BackendShare
 
 MEGABYTE = 1_000_000
-Ends = Literal["auto", "always", "never"]
 LORA_GUESS = 64  # adapter weights per unit of width: rank 8 on four square projections
 
 
@@ -149,7 +149,7 @@ def make_plan(
     *,
     use_all: bool = False,
     layers: tuple[int, ...] = (),
-    ends: Ends = "never",
+    ends: OwnerEnds = "never",
     explain: bool = False,
 ) -> Plan:
     """The plan for one way to cut the batch, as `choose_plan` makes it."""
@@ -164,7 +164,7 @@ def choose_plan(
     count: int = 0,
     use_all: bool = False,
     layers: tuple[int, ...] = (),
-    ends: Ends = "never",
+    ends: OwnerEnds = "never",
     explained: bool = False,
 ) -> Plan:
     """The fastest plan that fits; `DoesNotFitError` names each device's shortfall.
@@ -251,7 +251,7 @@ def _with_ends(
     devices: Sequence[PlanDevice],
     owner: DeviceId,
     best: Partition,
-    ends: Ends,
+    ends: OwnerEnds,
     *,
     use_all: bool,
 ) -> Partition:
@@ -260,21 +260,43 @@ def _with_ends(
     Two stages on one device run on its CPU only: an owner with more than that is only asked
     to if the user insists.
     """
+    if ends == "never" or work.method is None:
+        return best
     here = next((device for device in devices if device.id == owner), None)
-    if ends == "never" or len(best.devices) == 1 or here is None:
+    if ends == "always":
+        return _ends_here(work, devices, here, best, use_all=use_all)
+    if len(best.devices) == 1 or here is None or (work.splits and len(here.backends) > 1):
         return best
-    if ends == "auto" and work.splits and len(here.backends) > 1:
-        return best
-    ring = both_ends(work, devices, owner, best)
-    if ring is None or (use_all and len(ring.devices) <= len(devices)):
-        if ends == "always" and work.method is not None:
-            raise DoesNotFitError(
-                "both ends of the model do not fit on this device beside the others",
-                "train without --owner-ends always",
-            )
-        return best
-    straight = simulated_seconds(work, best)
-    return ring if ends == "always" or ring.seconds <= (1 + MOST_COST) * straight else best
+    ring = both_ends(work, devices, owner, best, use_all=use_all)
+    limit = (1 + MOST_COST) * simulated_seconds(work, best)
+    return best if ring is None or ring.seconds > limit else ring
+
+
+def _ends_here(
+    work: Workload,
+    devices: Sequence[PlanDevice],
+    here: PlanDevice | None,
+    best: Partition,
+    *,
+    use_all: bool,
+) -> Partition:
+    """The fastest of what a user who insists on both ends here may get: a ring, or this alone."""
+    if here is None:
+        raise DeviceError(
+            "this device takes no part, and --owner-ends always keeps both ends on it",
+            "name it in --devices, or leave --owner-ends away",
+        )
+    found = both_ends(work, devices, here.id, best, use_all=use_all)
+    rings = [] if found is None else [found]
+    if not use_all or len(devices) == 1:
+        alone = best_partition(work, [here], here.id, use_all=True)
+        rings += [] if alone is None else [alone]
+    if not rings:
+        raise DoesNotFitError(
+            "both ends of the model do not fit on this device beside the others",
+            "free memory here, or leave --owner-ends away",
+        )
+    return min(rings, key=lambda one: simulated_seconds(work, one))
 
 
 def _stages(work: Workload, found: Partition) -> tuple[StagePlan, ...]:

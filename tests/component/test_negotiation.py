@@ -5,7 +5,7 @@ messages handed over in memory.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ import pytest
 from confidantd.errors import DeviceError, PeerLostError, ProtocolError, UsageError
 from confidantd.ids import DeviceId, JobId
 from confidantd.jobs.coordinator import Coordinator
+from confidantd.jobs.measuring import SpeedMeasuring
 from confidantd.jobs.peers import Handler, Peers
-from confidantd.jobs.speeds import SpeedBook, SpeedMeasuring
+from confidantd.jobs.speed_book import SpeedBook
 from confidantd.jobs.splits import Splits
 from confidantd.jobs.stage_host import StageHost
 from confidantd.models.config import Config
@@ -35,6 +36,7 @@ from confidantd.wire.jobs import (
     PlanRequest,
     SpeedsQuestion,
 )
+from confidantd.wire.resources import Resources
 from confidantd.wire.speeds import Speeds
 from tests.component.swarm_support import resources
 from tests.unit.model_files import LLAMA
@@ -99,9 +101,15 @@ class Swarm:
         splits = Splits(home, 1, "never", tuple)
         return StageHost(
             self._peers[name], BlobStore(home / "store"), home, ("127.0.0.1",), 1,
-            lambda: self.now[name], lambda _: None, lambda: None, lambda: self._first.id, splits,
+            self._resources_of(name), lambda _: None, lambda: None, lambda: self._first.id, splits,
             SpeedBook(home, splits),
         )  # fmt: skip
+
+    def _resources_of(self, name: str) -> Callable[[], Awaitable[Resources]]:
+        async def now() -> Resources:
+            return self.now[name]
+
+        return now
 
     def peers(self) -> tuple[PeerView, ...]:
         return tuple(
@@ -264,7 +272,7 @@ async def test_a_device_says_what_it_knows_of_each_shape(tmp_path: Path) -> None
     book = SpeedBook(tmp_path / "a", Splits(tmp_path / "a", 1, "never", tuple))
     peers = Peers(made.ids["a"], made.wires[made.ids["a"]])
     store = await asyncio.to_thread(BlobStore, tmp_path / "store")
-    SpeedMeasuring(peers, store, tmp_path, 1, book, lambda: MEMORY, no_link)
+    SpeedMeasuring(peers, store, tmp_path, 1, book, made._resources_of("a"), no_link)
     model = spec_from_config(Config(LLAMA, "config.json"))
     one, two = (ProgramRequest.of(model, "full", None, rows, 32) for rows in (1, 2))
     known = Speeds(forward=1.0, backward=2.0)

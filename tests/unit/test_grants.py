@@ -32,7 +32,9 @@ def started(*offers: Offer) -> Grants:
     """A device that runs these."""
     found = granted(*offers)
     for offer in offers:
-        found.starting(OWNER, Place(JOB, offer.epoch, offer.stage)).process = PROCESS
+        held = found.starting(OWNER, Place(JOB, offer.epoch, offer.stage))
+        held.process = PROCESS
+        found.started(held)
     return found
 
 
@@ -69,6 +71,8 @@ def test_a_running_stage_goes_on_in_the_next_epoch() -> None:
     held = grants.starting(OWNER, Place(JOB, 2, 1))
     assert held.process is PROCESS
     assert grants.bytes() == 150
+    with pytest.raises(ProtocolError, match="being started already"):
+        grants.starting(OWNER, Place(JOB, 2, 1))
     with pytest.raises(StaleEpochError, match="epoch 2 here, not 1"):
         grants.find(OWNER, Place(JOB, 1, 0))
 
@@ -123,3 +127,28 @@ def test_epochs_only_go_forward() -> None:
 
 def test_a_job_that_is_not_here_has_nothing_to_stop() -> None:
     assert Grants().of_epoch(OWNER, JOB, 1) == []
+
+
+def test_what_a_stage_gives_back_counts_until_its_next_one_is_loaded() -> None:
+    grants = started(OFFER)
+    grants.grant(replace(OFFER, epoch=2, memory_bytes=40, goes_on=0), BOSS, 0.0)
+    held = grants.starting(OWNER, Place(JOB, 2, 0))
+    assert grants.bytes() == 100
+    grants.started(held)
+    assert grants.bytes() == 40
+
+
+def test_the_owner_may_drop_an_epoch_that_comes_to_nothing() -> None:
+    grants = started(OFFER)
+    grants.grant(replace(OFFER, epoch=2, memory_bytes=150, goes_on=0), BOSS, 0.0)
+    grants.drop(OTHER, JOB, 2)
+    assert grants.bytes() == 150
+    grants.drop(OWNER, JOB, 2)
+    assert grants.bytes() == 100
+
+
+def test_stages_that_did_not_go_on_are_known() -> None:
+    grants = started(OFFER, replace(OFFER, stage=2))
+    grants.grant(replace(OFFER, epoch=2, goes_on=0), BOSS, 0.0)
+    (left,) = grants.before(OWNER, JOB, 2)
+    assert left.offer.stage == 2
