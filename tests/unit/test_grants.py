@@ -71,8 +71,6 @@ def test_a_running_stage_goes_on_in_the_next_epoch() -> None:
     held = grants.starting(OWNER, Place(JOB, 2, 1))
     assert held.process is PROCESS
     assert grants.bytes() == 150
-    with pytest.raises(ProtocolError, match="being started already"):
-        grants.starting(OWNER, Place(JOB, 2, 1))
     with pytest.raises(StaleEpochError, match="epoch 2 here, not 1"):
         grants.find(OWNER, Place(JOB, 1, 0))
 
@@ -83,7 +81,9 @@ def test_both_ends_may_change_places() -> None:
         grants.grant(replace(OFFER, epoch=2, stage=new, goes_on=old, memory_bytes=70), BOSS, 0.0)
     first = grants.find(OWNER, Place(JOB, 1, 0))
     assert grants.starting(OWNER, Place(JOB, 2, 2)) is first
-    grants.starting(OWNER, Place(JOB, 2, 0))
+    assert grants.starting(OWNER, Place(JOB, 2, 0)) is not first
+    for held in grants:
+        grants.started(held)
     assert grants.bytes() == 140
     assert grants.of_epoch(OWNER, JOB, 2) == list(grants)
 
@@ -152,3 +152,14 @@ def test_stages_that_did_not_go_on_are_known() -> None:
     grants.grant(replace(OFFER, epoch=2, goes_on=0), BOSS, 0.0)
     (left,) = grants.before(OWNER, JOB, 2)
     assert left.offer.stage == 2
+
+
+def test_a_stage_is_started_once() -> None:
+    grants, place = granted(OFFER), Place(JOB, 1, 0)
+    held = grants.starting(OWNER, place)
+    with pytest.raises(ProtocolError, match="being started already"):
+        grants.starting(OWNER, place)
+    held.process = PROCESS
+    grants.started(held)
+    with pytest.raises(ProtocolError, match="already runs here"):
+        grants.starting(OWNER, place)

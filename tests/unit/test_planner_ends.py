@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from confidantd.errors import DeviceError, DoesNotFitError
 from confidantd.planner.costs import PlanDevice
 from confidantd.planner.ends import MOST_COST, both_ends
 from confidantd.planner.memory import stage_memory
 from confidantd.planner.partition import Partition, best_partition
+from confidantd.planner.plan import make_plan
 from confidantd.planner.score import simulated_seconds
 from confidantd.planner.workload import Form, Workload
 from tests.unit.planner_support import GIGABYTE, device, workload
@@ -108,3 +110,32 @@ def test_there_is_no_ring_for_one_device_or_for_generation(count: int) -> None:
     devices = [device(name) for name in "ab"[:count]]
     work = workload(method="full" if count == 1 else None)
     assert ring_of(work, devices) is None
+
+
+def test_an_owner_who_insists_keeps_both_ends_whatever_that_costs() -> None:
+    slow, fast, third = device("owner", gflops=1), device("fast", gflops=500), device("third")
+    work, mine = workload(), slow.id
+    alone = make_plan(work, [slow, fast], mine, ends="always")
+    assert alone.stages[0].device == alone.stages[-1].device == mine
+    everybody = make_plan(work, [slow, fast, third], mine, use_all=True, ends="always")
+    assert [stage.name for stage in everybody.stages][:: len(everybody.stages) - 1] == ["owner"] * 2
+    assert {stage.name for stage in everybody.stages} == {"owner", "fast", "third"}
+    with pytest.raises(DeviceError, match="takes no part"):
+        make_plan(work, [fast, third], mine, ends="always")
+    small = device("owner", available_bytes=300_000_000)
+    with pytest.raises(DoesNotFitError, match="both ends"):
+        make_plan(work, [small, fast], small.id, ends="always")
+
+
+@pytest.mark.parametrize("mbps", [1, 10, 100, 10_000])
+def test_by_default_both_ends_are_kept_just_where_that_costs_little(mbps: float) -> None:
+    work, devices = workload(layers=8, microbatches=16), [device(n, mbps=mbps) for n in "abc"]
+    owner = devices[0].id
+    auto, straight, ring = (
+        make_plan(work, devices, owner, use_all=True, ends=ends)
+        for ends in ("auto", "never", "always")
+    )
+    cheap = ring.seconds <= (1 + MOST_COST) * straight.seconds
+    assert auto.seconds == (ring.seconds if cheap else straight.seconds)
+    assert (auto.stages[-1].device == owner) == cheap
+    assert cheap == (mbps > 50)
