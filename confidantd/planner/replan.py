@@ -26,7 +26,7 @@ STATE_FLOATS = {"full": 3, "lora": 1, None: 1}  # of a parameter that moves, wit
 
 
 LINKS = "links"  # beside the stages: what the step takes over what it would with such stages
-LEAST_LEFT_SECONDS = 5 * STANDSTILL_SECONDS  # of a job; with less to go it stays as it is
+LEAST_LEFT_SECONDS = 2 * STANDSTILL_SECONDS  # of a job; with less to go it stays as it is
 
 
 def with_links(

@@ -105,7 +105,15 @@ def test_cpu_and_openvino_beside_cpu_only(small: Small, tmp_path: Path, method: 
     if adapter is not None:
         options += ["--init-adapter", str(adapter)]
     with two_devices(tmp_path, "openvino") as devices:
-        shape = ("--sequence-length", str(LENGTH), "--devices", "anna,ben")
+        shape = (
+            "--sequence-length",
+            str(LENGTH),
+            "--microbatches",
+            "2",
+            "--batch-size",
+            str(BATCH),
+        )
+        shape += ("--devices", "anna,ben")
         before = devices[0].json("plan", str(small.folder), *shape)
         anna = next(stage for stage in before["stages"] if stage["name"] == "anna")
         assert anna["unmeasured_backends"] == ["openvino"]
