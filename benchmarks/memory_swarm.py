@@ -31,14 +31,15 @@ class Shape:
     batch: int = 8
     microbatches: int = 4
     length: int = 128
+    tied: bool = False
 
     def config(self) -> LlamaConfig:
-        """Untied, as many key-value heads as heads."""
+        """As many key-value heads as heads."""
         return LlamaConfig(
             hidden_size=self.hidden, num_hidden_layers=self.layers,
             num_attention_heads=self.heads, num_key_value_heads=self.heads,
             intermediate_size=self.columns, vocab_size=self.vocabulary,
-            tie_word_embeddings=False, max_position_embeddings=512,
+            tie_word_embeddings=self.tied, max_position_embeddings=512,
             bos_token_id=None, eos_token_id=None, pad_token_id=None,
         )  # fmt: skip
 

