@@ -16,13 +16,13 @@ from confidantd.planner.memory import stage_memory
 from confidantd.planner.microbatches import Cut, OtherCount, best_cut
 from confidantd.planner.partition import Partition, alternatives, best_partition
 from confidantd.planner.score import best_simulated, simulated_seconds
+from confidantd.planner.shortfall import does_not_fit
 from confidantd.planner.simulate import LinkCost
 from confidantd.planner.workload import Form, Workload
 from confidantd.wire.jobs import OwnerEnds
 from confidantd.wire.stage import BackendShare
 
 MEGABYTE = 1_000_000
-LORA_GUESS = 64  # adapter weights per unit of width: rank 8 on four square projections
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +183,7 @@ def choose_plan(
     best = best_cut(possible, owner, use_all=use_all, layers=layers)
     if best is None:
         least = max(possible, key=lambda cut: cut.work.microbatches)
-        raise _does_not_fit(least.work, devices, use_all=use_all)
+        raise does_not_fit(least.work, devices, owner, use_all=use_all)
     chosen, found = best
     rivals = _rivals(chosen, found, owner, use_all=use_all, layers=layers, explained=explained)
     if not use_all and not layers:
@@ -384,52 +384,6 @@ def _reason(work: Workload, device: PlanDevice, seconds: float) -> str:
         return "with it there would be fewer tokens a second"
     verb = "step" if work.method else "token"
     return f"with it a {verb} would take longer than {seconds:.3g} s"
-
-
-def _does_not_fit(
-    work: Workload, devices: Sequence[PlanDevice], *, use_all: bool
-) -> DoesNotFitError:
-    """Each device's memory against an equal share of the model, and what would help."""
-    count = min(len(devices), work.layers)
-    share = -(-work.layers // count)
-    shortfalls = []
-    for index, device in enumerate(devices):
-        stage = min(index, count - 1)
-        need = stage_memory(
-            work, share, embedding=stage == 0, head=stage == count - 1, stage=stage, stages=count
-        ).total
-        short = need - device.available_bytes
-        state = f"is {short / MEGABYTE:.0f} MB short of" if short > 0 else "has"
-        shortfalls.append(f"{device.name} {state} the {need / MEGABYTE:.0f} MB for its share")
-    verb = "training" if work.method else "running"
-    return DoesNotFitError(
-        f"{verb} {work.model} does not fit: {'; '.join(shortfalls)}",
-        _what_would_fit(work, devices, use_all=use_all),
-    )
-
-
-def _what_would_fit(work: Workload, devices: Sequence[PlanDevice], *, use_all: bool) -> str:
-    """The changes that were tried and fit these devices; without any, more memory is needed."""
-
-    def fits(changed: Workload, *, all_of_them: bool = use_all) -> bool:
-        return best_partition(changed, devices, devices[0].id, use_all=all_of_them) is not None
-
-    found = []
-    if use_all and len(devices) > 1 and fits(work, all_of_them=False):
-        found.append("fewer --devices")
-    one_row = replace(
-        work, microbatch_size=1, microbatches=work.microbatches * work.microbatch_size
-    )
-    if work.method is not None and work.microbatch_size > 1 and fits(one_row):
-        found.append(f"--microbatches {one_row.microbatches}")
-    lora = replace(work, method="lora", block_adapter=LORA_GUESS * work.hidden)
-    if work.method == "full" and fits(lora):
-        found.append("--method lora")
-    if found:
-        return "it fits with " + " or ".join(found)
-    if work.method is None:
-        return "pair another device, or free memory on these"
-    return "pair another device, free memory on these, or lower --sequence-length"
 
 
 def _explanation_json(said: Explanation) -> dict[str, Any]:
