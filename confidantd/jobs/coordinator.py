@@ -28,7 +28,7 @@ from confidantd.jobs.plan_inputs import (
     takes_no_part,
     with_current,
 )
-from confidantd.jobs.request_checks import check_request
+from confidantd.jobs.request_checks import MOST_BYTES, check_request
 from confidantd.jobs.services import SwarmView
 from confidantd.planner.costs import PlanDevice
 from confidantd.planner.microbatches import Cut
@@ -105,31 +105,34 @@ class Coordinator:
         raise DeclinedError(f"the devices declined every plan ({reasons})", "try again in a minute")
 
     async def _cuts(self, request: PlanRequest, owner: DeviceId) -> list[Cut]:
-        """Ways to cut the batch, each with the devices that may hold a stage, as fast as they
-        know themselves to be.
+        """Ways to cut the batch, each with the devices that may hold a stage, with the memory
+        and the speed that they say they have now.
         """
         check_request(request)
         requests = cut_requests(request)
         exempt = exempt_from_policy(request, owner)
         found = plan_devices(self._swarm.peers(), request.devices, exempt)
-        devices = [with_current(d, request) for d in found if d.id not in request.without]
+        devices = [d for d in found if d.id not in request.without]
         question = to_map(SpeedsQuestion(tuple(map(program_request, requests))))
-        asked = len(requests)
-        known = await asyncio.gather(*(self._speeds(d.id, question, asked) for d in devices))
-        speeds = {device.id: answer for device, answer in zip(devices, known, strict=True)}
-        return list(cuts_of(requests, devices, speeds))
+        known = await asyncio.gather(*(self._known(d.id, question) for d in devices))
+        speeds: dict[DeviceId, tuple[Speeds | None, ...]] = {}
+        now = []
+        for device, answer in zip(devices, known, strict=True):
+            if answer is not None and len(answer.speeds) == len(requests):
+                speeds[device.id] = answer.speeds
+            room = device.available_bytes if answer is None else answer.available_bytes
+            fresh = replace(device, available_bytes=min(max(0, room), MOST_BYTES))
+            now.append(with_current(fresh, request))
+        return list(cuts_of(requests, now, speeds))
 
-    async def _speeds(
-        self, device: DeviceId, question: dict[str, Any], asked: int
-    ) -> tuple[Speeds | None, ...]:
+    async def _known(self, device: DeviceId, question: dict[str, Any]) -> KnownSpeeds | None:
         try:
             found = await self._peers.request(
                 device, "device.speeds", question, timeout_seconds=SPEEDS_SECONDS
             )
-            speeds = from_map(KnownSpeeds, found).speeds
-        except ConfidantError:  # it is planned for by its GFLOP/s
-            return ()
-        return speeds if len(speeds) == asked else ()
+            return from_map(KnownSpeeds, found)
+        except ConfidantError:  # it is planned for by what it gossiped
+            return None
 
     async def _make(
         self,

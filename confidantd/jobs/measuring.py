@@ -70,7 +70,8 @@ class SpeedMeasuring:
         def known() -> tuple[Speeds | None, ...]:
             return tuple(self._book.known(request) for request in question.requests)
 
-        return to_map(KnownSpeeds(await asyncio.to_thread(known)))
+        resources = await self._resources()
+        return to_map(KnownSpeeds(await asyncio.to_thread(known), resources.available_bytes))
 
     async def _measure(self, device: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
         message = from_map(Measure, params)

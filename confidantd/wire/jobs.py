@@ -163,9 +163,13 @@ class SpeedsQuestion:
 
 @dataclass(frozen=True, slots=True)
 class KnownSpeeds:
-    """What is known of each shape that was asked for, in order; None where nothing is."""
+    """What is known of each shape that was asked for, in order; None where nothing is.
+
+    `available_bytes` are those for jobs at this moment: what was gossiped is some seconds old.
+    """
 
     speeds: tuple[Speeds | None, ...]
+    available_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

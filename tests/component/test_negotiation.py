@@ -138,7 +138,7 @@ class Swarm:
 
         async def speeds(_: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
             asked.append(from_map(SpeedsQuestion, params))
-            return to_map(KnownSpeeds(answers))
+            return to_map(KnownSpeeds(answers, MEMORY))
 
         self._peers[name].on_request("device.speeds", speeds)
         return asked

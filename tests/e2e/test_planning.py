@@ -105,7 +105,13 @@ def test_two_jobs_are_never_promised_the_same_memory(
         "train", str(model), "--data", str(TEXT), "--output", str(tmp_path / "out"), "--steps",
         "100000", *shape(), "--devices", "anna,ben", "--detach",
     )["job"]  # fmt: skip
-    wait_until(lambda: anna.json("jobs", "show", job)["step"] > 0, START_SECONDS, "it runs")
+
+    def runs() -> bool:
+        shown = anna.json("jobs", "show", job)
+        assert shown["state"] != "failed", shown["message"]
+        return bool(shown["step"] > 0)
+
+    wait_until(runs, START_SECONDS, "it runs")
     granted = [device.json("status")["memory"]["granted_bytes"] for device in devices[:2]]
     assert all(0 < each <= cap for each in granted)
     refused = anna.cli("plan", str(model), *shape(), "--devices", "anna,ben", "--json")
