@@ -8,14 +8,14 @@ import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.cpu_quota import quotas
+from tests.cpu_quota import CpuQuota, quotas
 from tests.e2e.devices import Device, running
 from tests.e2e.small_models import TEXT, byte_tokenizer
 
@@ -24,7 +24,7 @@ NAMES = ("anna", "ben", "cleo", "dora")
 
 
 @contextlib.contextmanager
-def fleet(folder: Path, shares: Sequence[float]) -> Iterator[list[Device]]:
+def fleet(folder: Path, shares: Sequence[float]) -> Iterator[tuple[list[Device], list[CpuQuota]]]:
     """Daemons that see each other, each with such a share of a core for all it does."""
     with quotas(*shares) as groups:
         devices = [
@@ -32,7 +32,7 @@ def fleet(folder: Path, shares: Sequence[float]) -> Iterator[list[Device]]:
             for name, group in zip(NAMES, groups, strict=False)
         ]
         with running(devices):
-            yield devices
+            yield devices, groups
 
 
 def make_model(folder: Path, hidden: int, columns: int, layers: int, vocabulary: int = 300) -> Path:
@@ -80,6 +80,8 @@ class Run:
             event = json.loads(line)
             with self._heard:
                 self.events.append(event)
+                if event["event"] == "plan":
+                    self._times.clear()  # steps of another plan are no measure of this one
                 if event["event"] == "step":
                     self._times.append(time.monotonic())
                 self._heard.notify_all()
@@ -89,12 +91,25 @@ class Run:
 
     def wait_for(self, steps: int) -> None:
         """Until so many steps are done."""
+        self.wait_until(lambda: self.steps >= steps, STEP_SECONDS * steps)
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float) -> None:
+        """Until something has been heard; RuntimeError if the job ends before that."""
         with self._heard:
-            there = self._heard.wait_for(
-                lambda: self._ended or len(self._times) >= steps, STEP_SECONDS * steps
-            )
-            if not there or len(self._times) < steps:
-                raise RuntimeError(f"the job ended early: {self.events[-1:]}")
+            self._heard.wait_for(lambda: self._ended or condition(), seconds)
+            if not condition():
+                raise RuntimeError(f"the job ended early or takes too long: {self.events[-1:]}")
+
+    @property
+    def steps(self) -> int:
+        """Done so far."""
+        return max((e["step"] for e in self.events if e["event"] == "step"), default=0)
+
+    @property
+    def replanned_after(self) -> int | None:
+        """The step after which the plan changed first."""
+        found = [e["resumed_from_step"] for e in self.events if e["event"] == "replan"]
+        return found[0] if found else None
 
     def step_seconds(self) -> float:
         """Median of the times between two steps; the first one also fills memory."""

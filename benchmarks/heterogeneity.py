@@ -21,6 +21,8 @@ LENGTH = 128
 HIDDEN, COLUMNS = 256, 704
 UNEQUAL, EQUAL = (0.9, 0.9, 0.09), (0.45, 0.45, 0.45, 0.45)
 ALONE_MICROBATCHES = 8
+PAIR, THROTTLED_AFTER, STEPS_AFTER, REPLAN_SECONDS = (0.8, 0.8), 6, 8, 300.0
+STEPS_REACH, THROUGHPUT_REACH = 20, 0.85
 BOUND_REACH, EFFICIENCY_REACH, MISS_REACH = 0.90, 0.85, 0.10
 
 
@@ -43,6 +45,14 @@ class Bench:
     def _output(self) -> Path:
         self._runs += 1
         return self._folder / f"out{self._runs}"
+
+    def begin(self, microbatches: int) -> Run:
+        """One job over all devices that would go on for long."""
+        names = ",".join(device.name for device in self._devices)
+        return Run(
+            self._devices[0], self.model, self.text, self._output(), "--steps", "1000",
+            *shape(microbatches), "--devices", names,
+        )  # fmt: skip
 
     def together(self, microbatches: int, steps: int, layers: Sequence[int] = ()) -> Run:
         """One job over all devices, as planned or with these layers."""
@@ -72,7 +82,7 @@ class Bench:
 
 def unequal(folder: Path, layers: int, microbatches: int, steps: int) -> Iterator[Claim]:
     """Three devices at speeds 10:10:1."""
-    with fleet(folder, UNEQUAL) as devices:
+    with fleet(folder, UNEQUAL) as (devices, _):
         bench = Bench(folder, devices, layers, microbatches)
         bench.together(ALONE_MICROBATCHES, 1)  # compiles and measures
         alone = bench.alone(steps)
@@ -95,7 +105,7 @@ def unequal(folder: Path, layers: int, microbatches: int, steps: int) -> Iterato
 
 def equal(folder: Path, layers: int, microbatches: int, steps: int) -> Iterator[Claim]:
     """Four equal devices."""
-    with fleet(folder, EQUAL) as devices:
+    with fleet(folder, EQUAL) as (devices, _):
         bench = Bench(folder, devices, layers, microbatches)
         bench.together(ALONE_MICROBATCHES, 1)
         alone = bench.alone(steps)
@@ -110,6 +120,35 @@ def equal(folder: Path, layers: int, microbatches: int, steps: int) -> Iterator[
         at_most=False,
     )  # fmt: skip
     yield predicted("four equal devices", planned)
+
+
+def throttled(folder: Path, layers: int, microbatches: int) -> Iterator[Claim]:
+    """One of two equal devices falls to a third of its speed in the middle of a job."""
+    with fleet(folder, PAIR) as (devices, groups):
+        bench = Bench(folder, devices, layers, microbatches)
+        bench.together(ALONE_MICROBATCHES, 1)
+        run = bench.begin(microbatches)
+        try:
+            run.wait_for(THROTTLED_AFTER)
+            before = run.step_seconds()
+            groups[1].set(PAIR[1] / 3)
+            slow = run.steps
+            run.wait_until(lambda: run.replanned_after is not None, REPLAN_SECONDS)
+            replanned = run.replanned_after or 0
+            run.wait_for(replanned + STEPS_AFTER)
+            after = run.step_seconds()
+        finally:
+            run.end()
+        best = bench.together(microbatches, STEPS_AFTER).step_seconds()
+    yield Claim(
+        "a stage at a third of its speed, steps until it is replanned", replanned - slow,
+        STEPS_REACH, "steps", f"step of {before:.2f} s before, {after:.2f} s after",
+    )  # fmt: skip
+    yield Claim(
+        "a stage at a third of its speed, of the new optimum afterwards", best / after,
+        THROUGHPUT_REACH, "share", f"a job planned then takes {best:.2f} s a step",
+        at_most=False,
+    )  # fmt: skip
 
 
 def predicted(what: str, run: Run) -> Claim:
@@ -128,6 +167,7 @@ def claims(*, quick: bool) -> Iterator[Claim]:
             return
         yield from unequal(base / "unequal", 21, 64, 4)
         yield from equal(base / "equal", 20, 16, 8)
+        yield from throttled(base / "throttled", 20, 16)
 
 
 if __name__ == "__main__":

@@ -50,8 +50,9 @@ SMALL = Shape(384, 6, 6, 1024, 32_000)
 
 @dataclass(frozen=True)
 class Stage:
-    """What one worker took, and what the plan said."""
+    """What one worker took, and what the plan said; a device may have two."""
 
+    device: str
     layers: int
     form: str
     peak_bytes: int
@@ -87,6 +88,11 @@ class Trainings:
         self._text = folder / "words.txt"
         self._text.write_text(" ".join(f"w{draw.randrange(len(words))}" for _ in range(count)))
 
+    @property
+    def sequences(self) -> tuple[int, int, int]:
+        """Batch, microbatches and tokens of a sequence."""
+        return self._shape.batch, self._shape.microbatches, self._shape.length
+
     def run(self, method: str, count: int, cap_bytes: int | None = None) -> list[Stage]:
         """Some steps over `count` devices, each with so much memory for jobs."""
         caps = [] if cap_bytes is None else ["--memory", str(cap_bytes)]
@@ -103,8 +109,8 @@ class Trainings:
         events = devices[0].events(
             "train", str(self.model), "--data", str(self._text), "--output", str(output),
             "--steps", str(STEPS), "--batch-size", str(shape.batch),
-            "--microbatches", str(shape.microbatches), "--sequence-length", str(shape.length),
-            "--method", method, "--no-shuffle",
+            "--sequence-length", str(shape.length), "--method", method, "--no-shuffle",
+            *(("--microbatches", str(shape.microbatches)) if len(devices) == 1 else ()),
             "--devices", ",".join(device.name for device in devices),
         )  # fmt: skip
         if events[-1].get("error", events[-1]).get("code") == "does-not-fit":
@@ -118,5 +124,9 @@ class Trainings:
 def _stage(planned: dict[str, Any], done: dict[str, Any]) -> Stage:
     first, past_last = planned["layers"]
     return Stage(
-        past_last - first, planned["form"], done["peak_memory_bytes"], planned["memory_bytes"]
+        done["name"],
+        past_last - first,
+        planned["form"],
+        done["peak_memory_bytes"],
+        planned["memory_bytes"],
     )

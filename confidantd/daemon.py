@@ -23,12 +23,13 @@ from confidantd.identity.certificate import load_or_create
 from confidantd.identity.trust import TrustStore
 from confidantd.ids import DeviceId
 from confidantd.jobs.coordinator import Coordinator
+from confidantd.jobs.measuring import SpeedMeasuring
 from confidantd.jobs.peers import Peers
 from confidantd.jobs.pipeline import PipelineRouter
 from confidantd.jobs.programs import Programs
 from confidantd.jobs.service import Jobs
 from confidantd.jobs.services import JobServices
-from confidantd.jobs.speeds import SpeedBook, SpeedMeasuring
+from confidantd.jobs.speed_book import SpeedBook
 from confidantd.jobs.splits import Splits
 from confidantd.jobs.stage_host import StageHost
 from confidantd.net.network import Network
@@ -79,7 +80,13 @@ class Daemon:
         splits = Splits(home / "backends", self._threads, config.split, self._used_providers)
         speeds = SpeedBook(home / "speeds", splits)
         self._measuring = SpeedMeasuring(
-            peers, store, home, self._threads, speeds, lambda: self._resources().available_bytes
+            peers,
+            store,
+            home,
+            self._threads,
+            speeds,
+            self._resources,
+            self._swarm.measure_link,
         )
         self._host = StageHost(
             peers,
@@ -164,18 +171,19 @@ class Daemon:
             if provider.name in wanted and not provider.present:
                 reason = f"{provider.problem}. {provider.hint}".rstrip(". ")
                 _log.warning("jobs run without the backend %s: %s", provider.name, reason)
-        self._swarm.set_resources(await asyncio.to_thread(self._resources))
+        self._swarm.set_resources(await self._resources())
 
     async def _keep_resources(self) -> None:
         while True:
-            self._swarm.set_resources(await asyncio.to_thread(self._resources))
+            self._swarm.set_resources(await self._resources())
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(RESOURCES_SECONDS):
                     await self._granted.wait()
             self._granted.clear()
 
-    def _resources(self) -> Resources:
-        return self._resources_of(self._host.granted_bytes())
+    async def _resources(self) -> Resources:
+        granted = self._host.granted_bytes()  # on the loop, where grants change
+        return await asyncio.to_thread(self._resources_of, granted)
 
     def _resources_of(self, granted_bytes: int) -> Resources:
         return read_resources(

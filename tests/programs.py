@@ -18,7 +18,7 @@ _COMPILE_SECONDS = 300
 
 
 @cache
-def _folder() -> Path:
+def folder() -> Path:
     """`CONFIDANT_TEST_PROGRAMS` keeps programs between runs; else they end with this run."""
     kept = os.environ.get("CONFIDANT_TEST_PROGRAMS")
     if kept:
@@ -47,9 +47,9 @@ def compile_into(request: ProgramRequest, folder: Path) -> dict[str, Path]:
 
 def programs_for(request: ProgramRequest) -> dict[str, Path]:
     """The compiled programs of a request by name."""
-    folder = _folder() / request_key(request)
-    index = folder / "programs.json"
+    made = folder() / request_key(request)
+    index = made / "programs.json"
     if not index.exists():
-        return compile_into(request, folder)
+        return compile_into(request, made)
     listed = json.loads(index.read_text())["programs"]
-    return {name: folder / entry["file"] for name, entry in listed.items()}
+    return {name: made / entry["file"] for name, entry in listed.items()}

@@ -18,7 +18,7 @@ from confidantd.cli.option_types import (
     positive,
     share,
 )
-from confidantd.cli.run import common, json_wanted, run, show
+from confidantd.cli.run import common, json_wanted, run
 
 METHODS = click.Choice(["full", "lora"])
 SCHEDULES = click.Choice(["constant", "linear", "cosine"])
@@ -35,7 +35,9 @@ _shape = options(  # what changes a plan
     click.option("--rank", metavar="R", type=COUNT, help="LoRA rank. [default: 8]"),
     click.option("--target-modules", metavar="a,b,...", type=names, help="LoRA targets."),
     click.option("--batch-size", metavar="B", type=COUNT, help="Sequences a step. [default: 8]"),
-    click.option("--microbatches", metavar="M", type=COUNT, help="Parts of a batch."),
+    click.option(
+        "--microbatches", metavar="M", type=COUNT, help="Parts of a batch. [default: the fastest]"
+    ),
     click.option(
         "--sequence-length",
         metavar="S",
@@ -43,6 +45,11 @@ _shape = options(  # what changes a plan
         help="Tokens a sequence. [default: 128]",
     ),
     _devices,
+    click.option(
+        "--owner-ends",
+        type=click.Choice(["auto", "always", "never"]),
+        help="Keep text and labels here: embedding and head both on this device. [default: auto]",
+    ),
 )
 _course = options(  # what changes the result
     click.option("--task", type=click.Choice(["causal-lm"]), help="[default: causal-lm]"),
@@ -66,6 +73,8 @@ _course = options(  # what changes the result
 @_model
 @click.option("--train", "objective", flag_value="train", default="train", help="For training.")
 @click.option("--generate", "objective", flag_value="generate", help="For generation.")
+@click.option("--serve", "objective", flag_value="serve", help="For many requests at once.")
+@click.option("--load", metavar="N", type=COUNT, help="Requests at once of --serve. [default: 8]")
 @_shape
 @click.option(
     "--what-if", metavar="FILE", type=path, help="Plan for the devices in a TOML file instead."
@@ -73,8 +82,13 @@ _course = options(  # what changes the result
 @common
 def plan(model: Path, objective: str, **given: Any) -> None:
     """Which device would hold which layers of MODEL, and what that costs; nothing starts."""
+    if given["load"] is not None and objective != "serve":
+        raise click.UsageError("--load needs --serve.")
+    from confidantd.cli.planning import run_plan
+
     body = {"model": str(model), "objective": objective, "options": _request(given)}
-    show("POST", "/v1/plan", "plan", body)
+    as_json = json_wanted()
+    run(lambda client: run_plan(client, body, as_json=as_json))
 
 
 @click.command()

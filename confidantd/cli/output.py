@@ -45,11 +45,13 @@ def cell(value: object, style: str = "", *, cut: bool = False) -> Text:
 
 
 def size(amount: float | None) -> str:
-    """Bytes as `812 MB` or `3.2 GB`."""
+    """Bytes as `12 kB`, `812 MB` or `3.2 GB`."""
     if amount is None:
         return "-"
     if amount >= 1000 * MEGABYTE:
         return f"{amount / (1000 * MEGABYTE):.1f} GB"
+    if 0 < amount < MEGABYTE / 2:
+        return f"{1000 * amount / MEGABYTE:.0f} kB"
     return f"{amount / MEGABYTE:.0f} MB"
 
 

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from confidantd.cli.output import cell, duration, plain, size
+from confidantd.cli.output import cell, plain, size
 
 STATE_STYLES = {
     "alive": "green", "suspect": "yellow", "gone": "red", "unpaired": "dim",
@@ -19,7 +19,6 @@ STATE_STYLES = {
     "failed": "red", "cancelled": "dim",
 }  # fmt: skip
 RUNNING = ("planning", "running", "recovering")
-BAR_CELLS = 10
 FLEXIBLE = ("name", "device", "model", "devices")
 LEAST_CELLS = 8
 
@@ -152,81 +151,8 @@ def job(fields: Mapping[str, Any]) -> RenderableType:
     return grid
 
 
-def plan(fields: Mapping[str, Any]) -> RenderableType:
-    """`confidant plan`, and the plan of a job when it starts."""
-    made = table("device", "layers", "ends", "memory", "of", "seconds", right=("seconds",))
-    for stage in fields["stages"]:
-        first, past_last = stage["layers"]
-        ends = [name for name in ("embedding", "head") if stage[name]]
-        made.add_row(
-            cell(stage["name"], cut=True),
-            cell(f"{first}-{past_last - 1}"),
-            cell(", ".join(ends)),
-            _bar(stage["memory_bytes"], stage.get("available_bytes")),
-            cell(size(stage.get("available_bytes"))),
-            cell(duration(stage["seconds"])),
-        )
-    parts: list[RenderableType] = [made, *_backends(fields["stages"])]
-    names = {stage["device"]: stage["name"] for stage in fields["stages"]}
-    for link in fields["links"]:
-        ends_text = f"{names.get(link['from'], '?')} → {names.get(link['to'], '?')}"
-        parts.append(
-            Text(f"link {plain(ends_text)}: {size(link['bytes'])}, {duration(link['seconds'])}")
-        )
-    parts += [
-        Text(
-            f"left out {plain(left.get('name') or left['device'][:8])}: {plain(left['reason'])}",
-            style="yellow",
-        )
-        for left in fields["left_out"]
-    ]
-    verb = "step" if fields.get("objective", "train") == "train" else "token"
-    parts += [
-        Text(
-            f"instead: {plain(', '.join(other['devices']))}: {duration(other['seconds'])} a {verb}",
-            style="dim",
-        )
-        for other in fields.get("alternatives", ())
-    ]
-    predicted = fields["predicted"]
-    parts.append(
-        Text(
-            f"predicted: {duration(predicted['step_seconds'])} a "
-            f"{verb}, "
-            f"{predicted['tokens_per_second']:.3g} tokens/s",
-            style="bold",
-        )
-    )
-    return Group(*parts)
-
-
-def _backends(stages: Iterable[Mapping[str, Any]]) -> list[Text]:
-    """Lines for the devices that have more than the CPU."""
-    lines = []
-    for stage in stages:
-        name, shares = plain(stage["name"]), stage["backends"]
-        if [share["name"] for share in shares] not in ([], ["cpu"]):
-            lines.append(Text(f"{name}: {backend_shares(shares)}"))
-        if stage.get("unmeasured_backends"):
-            others = ", ".join(plain(other) for other in stage["unmeasured_backends"])
-            lines.append(Text(f"{name}: {others} are measured when the job starts", style="dim"))
-        if stage.get("cpu_only"):
-            text = f"{name}: the CPU only, there is no memory for other providers"
-            lines.append(Text(text, style="dim"))
-    return lines
-
-
 def backend_shares(found: Iterable[Mapping[str, Any]]) -> str:
     """Who computes the blocks of a stage, in words."""
     return ", ".join(
         f"{plain(b['name'])} {b['heads']} heads and {b['columns']} columns" for b in found
     )
-
-
-def _bar(used: int, cap: int | None) -> Text:
-    share = min(1.0, used / cap) if cap else 0.0
-    full = round(share * BAR_CELLS)
-    style = "green" if share < 0.8 else "yellow"
-    bar = Text("█" * full, style=style)
-    bar.append("·" * (BAR_CELLS - full), style="dim")
-    return bar.append(f" {size(used)}")

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from confidantd.cli import tables
+from confidantd.cli import plan_table, tables
 from confidantd.cli.client import Client
 from confidantd.cli.output import cell, console, duration, plain, print_json, size
 from confidantd.errors import (
@@ -176,7 +176,7 @@ def _block(event: Event) -> RenderableType | None:
     """What stays on the screen."""
     match event["event"]:
         case "plan":
-            return tables.plan(event)
+            return plan_table.plan(event)
         case "eval":
             return Text(f"held-out loss after {event['step']} steps: {event['loss']:.4f}")
         case "notice":

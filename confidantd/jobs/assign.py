@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from confidantd.errors import ProtocolError
 from confidantd.ids import DeviceId, JobId
 from confidantd.jobs.moving import wanted
 from confidantd.jobs.setup import Workload
@@ -68,6 +69,8 @@ def assignments(
         )
         names = lacking[index].tensor_names(workload.spec)
         adapter = lacking[index].adapter_names(workload.spec, workload.lora)
+        if before is not None:
+            _check_complete(workload, names, adapter, state)
         found.append(
             StageAssignment(
                 job=job,
@@ -88,3 +91,15 @@ def assignments(
             )
         )
     return found
+
+
+def _check_complete(
+    workload: Workload,
+    names: tuple[str, ...],
+    adapter: tuple[str, ...],
+    state: Mapping[str, StateEntry],
+) -> None:
+    """Nothing that is trained may come from the checkpoint in the middle of a job."""
+    trained = {"full": names, "lora": adapter, None: ()}[workload.method]
+    if any(name not in state for name in trained):
+        raise ProtocolError("a stage was not handed all that was trained of it")

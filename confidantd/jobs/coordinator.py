@@ -12,41 +12,43 @@ from confidantd.errors import (
     DeclinedError,
     DeviceError,
     NoCoordinatorError,
-    ProtocolError,
 )
 from confidantd.ids import DeviceId
 from confidantd.jobs.peers import Peers
 from confidantd.jobs.plan_inputs import (
     cannot,
+    cut_requests,
+    cuts_of,
     exempt_from_policy,
     kept_layers,
     kept_seconds,
     plan_devices,
-    plan_workload,
     program_request,
     refusing,
     takes_no_part,
     with_current,
 )
+from confidantd.jobs.request_checks import check_request
 from confidantd.jobs.services import SwarmView
 from confidantd.planner.costs import PlanDevice
-from confidantd.planner.plan import LeftOut, Plan, StagePlan, make_plan
+from confidantd.planner.microbatches import Cut
+from confidantd.planner.plan import LeftOut, Plan, StagePlan, choose_plan
 from confidantd.planner.replan import continued, standstill_seconds
-from confidantd.planner.speeds import valid
 from confidantd.swarm.state import CoordinatorView
 from confidantd.wire.codec import from_map, to_map
 from confidantd.wire.jobs import (
     BackendsAnswer,
     BackendsQuestion,
+    KnownSpeeds,
     Offer,
     OfferAnswer,
     PlanRequest,
-    SpeedsAnswer,
     SpeedsQuestion,
     StopStage,
 )
 from confidantd.wire.messages import clean_text
 from confidantd.wire.resources import MAX_REASON_CHARACTERS
+from confidantd.wire.speeds import Speeds
 
 OFFER_SECONDS = 10.0
 SPEEDS_SECONDS = 5.0  # a device reads a small file
@@ -72,75 +74,87 @@ class Coordinator:
     async def _plan(self, owner: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
         self._term()
         request = from_map(PlanRequest, params)
-        devices = await self._devices(request, owner)
-        plan = await self._make(request, devices, owner, (), explain=True)
-        return to_map(await self._with_backends(request, plan))
+        plan = await self._make(request, await self._cuts(request, owner), owner, ())
+        return to_map(await self._with_backends(_as_planned(request, plan), plan))
 
     async def _negotiate(self, owner: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
         request = from_map(PlanRequest, params)
         async with self._one_at_a_time:
-            devices = await self._devices(request, owner)
-            dropped: tuple[LeftOut, ...] = ()
             asked: set[DeviceId] = set()
-            for round_ in range(MAX_ROUNDS):
-                try:
-                    plan = await self._make(request, devices, owner, dropped)
-                except ConfidantError:
-                    await self._withdraw(request, asked)
-                    raise
-                declined = await self._offer_all(request, plan, owner, round_)
-                asked |= {stage.device for stage in plan.stages} - set(declined)
-                if not declined:
-                    await self._withdraw(request, asked - {s.device for s in plan.stages})
-                    return to_map(await self._with_backends(request, plan))
-                dropped += _dropped(devices, declined)
-                devices = _with_answers(devices, declined)
-            await self._withdraw(request, asked)
+            try:
+                plan = await self._accepted(request, owner, asked)
+            except BaseException:
+                await asyncio.shield(self._withdraw(request, asked))
+                raise
+            await self._withdraw(request, asked - {s.device for s in plan.stages})
+        return to_map(await self._with_backends(_as_planned(request, plan), plan))
+
+    async def _accepted(self, request: PlanRequest, owner: DeviceId, asked: set[DeviceId]) -> Plan:
+        """A plan that all its devices accepted; `asked` gets every device that was offered any."""
+        cuts = await self._cuts(request, owner)
+        dropped: tuple[LeftOut, ...] = ()
+        for round_ in range(MAX_ROUNDS):
+            plan = await self._make(request, cuts, owner, dropped)
+            asked |= {stage.device for stage in plan.stages}
+            declined = await self._offer_all(request, plan, owner, round_)
+            if not declined:
+                return plan
+            dropped += _dropped(cuts[0].devices, declined)
+            cuts = [Cut(c.work, _with_answers(c.devices, declined)) for c in cuts]
         reasons = "; ".join(f"{d[:8]}: {answer.reason}" for d, answer in declined.items())
         raise DeclinedError(f"the devices declined every plan ({reasons})", "try again in a minute")
 
-    async def _devices(self, request: PlanRequest, owner: DeviceId) -> list[PlanDevice]:
-        """Those that may hold a stage, with what they know of their speed."""
+    async def _cuts(self, request: PlanRequest, owner: DeviceId) -> list[Cut]:
+        """Ways to cut the batch, each with the devices that may hold a stage, as fast as they
+        know themselves to be.
+        """
+        check_request(request)
+        requests = cut_requests(request)
         exempt = exempt_from_policy(request, owner)
         found = plan_devices(self._swarm.peers(), request.devices, exempt)
         devices = [with_current(d, request) for d in found if d.id not in request.without]
-        question = to_map(SpeedsQuestion(program_request(request)))
-        return list(await asyncio.gather(*(self._with_speeds(d, question) for d in devices)))
+        question = to_map(SpeedsQuestion(tuple(map(program_request, requests))))
+        asked = len(requests)
+        known = await asyncio.gather(*(self._speeds(d.id, question, asked) for d in devices))
+        speeds = {device.id: answer for device, answer in zip(devices, known, strict=True)}
+        return list(cuts_of(requests, devices, speeds))
 
-    async def _with_speeds(self, device: PlanDevice, question: dict[str, Any]) -> PlanDevice:
+    async def _speeds(
+        self, device: DeviceId, question: dict[str, Any], asked: int
+    ) -> tuple[Speeds | None, ...]:
         try:
             found = await self._peers.request(
-                device.id, "device.speeds", question, timeout_seconds=SPEEDS_SECONDS
+                device, "device.speeds", question, timeout_seconds=SPEEDS_SECONDS
             )
-            speeds = from_map(SpeedsAnswer, found).speeds
+            speeds = from_map(KnownSpeeds, found).speeds
         except ConfidantError:  # it is planned for by its GFLOP/s
-            return device
-        return replace(device, speeds=speeds) if speeds and valid(speeds) else device
+            return ()
+        return speeds if len(speeds) == asked else ()
 
     async def _make(
         self,
         request: PlanRequest,
-        devices: list[PlanDevice],
+        cuts: list[Cut],
         owner: DeviceId,
         dropped: tuple[LeftOut, ...],
-        *,
-        explain: bool = False,
     ) -> Plan:
         """A plan over the devices; `dropped` are those that it turned out to be without."""
         if request.devices and dropped:
             raise takes_no_part(dropped[0].name, dropped[0].reason)
-        if not devices:
+        if not cuts[0].devices:
             raise DeviceError("no device of the swarm is alive", "see `confidant peers`")
-        work = plan_workload(request)
         plan = await asyncio.to_thread(
-            make_plan,
-            work,
-            devices,
+            choose_plan,
+            cuts,
             owner,
+            count=request.microbatches,
             use_all=bool(request.devices),
             layers=request.layers,
-            explain=explain,
+            ends=request.owner_ends,
+            explained=request.explain,
         )
+        chosen = next(c for c in cuts if c.work.microbatches == plan.microbatches)
+        work, devices = chosen.work, chosen.devices
         peers, exempt = self._swarm.peers(), exempt_from_policy(request, owner)
         others = (*cannot(request, peers), *refusing(peers, request.devices, exempt), *dropped)
         asked = {device.id for device in devices}
@@ -173,7 +187,9 @@ class Coordinator:
     async def _offer_all(
         self, request: PlanRequest, plan: Plan, owner: DeviceId, round_: int
     ) -> dict[DeviceId, OfferAnswer]:
-        """Offer every stage; answers of those that declined."""
+        """Offer every stage; answers of those that declined, with the memory that they have for
+        this job, that of a stage which they accepted included.
+        """
         term = self._term()
         answers = await asyncio.gather(
             *(
@@ -183,9 +199,17 @@ class Coordinator:
                 )
             )
         )
+        pairs = list(zip(plan.stages, answers, strict=True))
+        accepted: dict[DeviceId, int] = {}
+        for stage, answer in pairs:
+            if answer.accepted:
+                accepted[stage.device] = accepted.get(stage.device, 0) + stage.memory_bytes
         return {
-            stage.device: answer
-            for stage, answer in zip(plan.stages, answers, strict=True)
+            stage.device: replace(
+                answer,
+                available_bytes=answer.available_bytes + accepted.get(stage.device, 0),
+            )
+            for stage, answer in pairs
             if not answer.accepted
         }
 
@@ -208,9 +232,7 @@ class Coordinator:
                 device, "stage.offer", to_map(offer), timeout_seconds=OFFER_SECONDS
             )
             return from_map(OfferAnswer, answer)
-        except ProtocolError:
-            raise
-        except ConfidantError as failure:  # it left, or refuses: plan without it
+        except ConfidantError as failure:  # it left, refuses, or talks nonsense: plan without it
             return OfferAnswer(False, 0, failure.message, refuses=True)
 
     def _term(self) -> int:
@@ -218,6 +240,11 @@ class Coordinator:
         if current is None or current.id != self._peers.self_id:
             raise NoCoordinatorError("this device is not the coordinator any more", "try again")
         return current.term
+
+
+def _as_planned(request: PlanRequest, plan: Plan) -> PlanRequest:
+    """The request with the number of microbatches that the plan has chosen."""
+    return replace(request, microbatches=plan.microbatches)
 
 
 def _offers(
@@ -245,22 +272,22 @@ def _offers(
 
 
 def _with_answers(
-    devices: list[PlanDevice], declined: dict[DeviceId, OfferAnswer]
-) -> list[PlanDevice]:
+    devices: tuple[PlanDevice, ...], declined: dict[DeviceId, OfferAnswer]
+) -> tuple[PlanDevice, ...]:
     """The devices, with the memory that the decliners said they have; without those that take
     no part at all.
     """
-    return [
+    return tuple(
         replace(device, available_bytes=declined[device.id].available_bytes)
         if device.id in declined
         else device
         for device in devices
         if device.id not in declined or not declined[device.id].refuses
-    ]
+    )
 
 
 def _dropped(
-    devices: list[PlanDevice], declined: dict[DeviceId, OfferAnswer]
+    devices: tuple[PlanDevice, ...], declined: dict[DeviceId, OfferAnswer]
 ) -> tuple[LeftOut, ...]:
     """The devices that take no part any more, with their reasons."""
     return tuple(

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from confidantd.errors import ProtocolError, StaleEpochError
 from confidantd.ids import DeviceId, Digest, JobId
-from confidantd.jobs.stage_process import StageProcess
 from confidantd.wire.jobs import Offer
+
+if TYPE_CHECKING:
+    from confidantd.jobs.stage_process import StageProcess
 
 OFFER_SECONDS = 120.0  # a granted offer that is not started by then is forgotten
 MAX_REMEMBERED_EPOCHS = 1_000
@@ -36,20 +38,28 @@ def place_of(offer: Offer) -> Place:
 
 @dataclass(slots=True)
 class Held:
-    """One granted stage; `process` is there once it was started."""
+    """One granted stage; `process` is there once it was started.
+
+    `starting`: it is being loaded, and still has what it held before (`leaving_bytes`).
+    `released`: it is gone; whoever still works on it must stop.
+    """
 
     offer: Offer
     coordinator: DeviceId
     expires: float
+    folder: str  # for what it exports
     process: StageProcess | None = None
     next_offer: Offer | None = None
     trained: list[Digest] = field(default_factory=list)  # blobs that others may fetch
+    starting: bool = False
+    released: bool = False
+    leaving_bytes: int = 0
 
     @property
     def memory_bytes(self) -> int:
         """What is set aside for it."""
         following = self.next_offer.memory_bytes if self.next_offer else 0
-        return max(self.offer.memory_bytes, following)
+        return max(self.offer.memory_bytes, following, self.leaving_bytes)
 
 
 class Grants:
@@ -95,7 +105,8 @@ class Grants:
             self._epochs.pop(next(iter(self._epochs)))
         expires = now + OFFER_SECONDS
         if running is None:
-            self._held[place_of(offer)] = Held(offer, coordinator, expires)
+            folder = f"trained-{offer.epoch}-{offer.stage}"
+            self._held[place_of(offer)] = Held(offer, coordinator, expires, folder)
         else:
             running.next_offer, running.coordinator, running.expires = offer, coordinator, expires
 
@@ -111,14 +122,36 @@ class Grants:
             offer = held.next_offer
             if offer is not None and place_of(offer) == place and offer.owner == owner:
                 del self._held[place_of(held.offer)]
+                held.leaving_bytes = held.offer.memory_bytes
                 held.offer, held.next_offer, held.expires = offer, None, NEVER
                 self._held[place] = held
-                return held
+                return self._start(held)
         held = self.find(owner, place)
         if held.process is not None:
             raise ProtocolError(f"job {place.job} already runs here")
         held.expires = NEVER
+        return self._start(held)
+
+    def _start(self, held: Held) -> Held:
+        if held.starting:
+            raise ProtocolError(f"a stage of job {held.offer.job} is being started already")
+        held.starting = True
         return held
+
+    def started(self, held: Held) -> None:
+        """It is loaded, and what it held before is given back."""
+        held.starting, held.leaving_bytes = False, 0
+
+    def drop(self, owner: DeviceId, job: JobId, epoch: int) -> None:
+        """The owner wants nothing of an epoch that running stages were offered a place in."""
+        for held in self._of(job):
+            if held.offer.owner == owner and held.process is not None:
+                self._unpromise(held, epoch)
+
+    def before(self, owner: DeviceId, job: JobId, epoch: int) -> list[Held]:
+        """Stages of a job that did not go on to this epoch."""
+        there = [h for h in self._of(job) if h.offer.owner == owner and h.offer.epoch < epoch]
+        return [held for held in there if held.next_offer is None]
 
     def find(self, owner: DeviceId, place: Place) -> Held:
         """The stage granted to `owner`; refuses anybody else and any other epoch."""
@@ -148,6 +181,7 @@ class Grants:
 
     def remove(self, held: Held) -> None:
         """Forget a stage."""
+        held.released = True
         if self._held.get(place_of(held.offer)) is held:
             del self._held[place_of(held.offer)]
 

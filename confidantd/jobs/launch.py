@@ -8,6 +8,7 @@ plans give it, the rest goes from device to device with its moments, in a new ep
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,24 +16,33 @@ from dataclasses import dataclass, replace
 from confidantd.errors import ConfidantError, DeviceError
 from confidantd.ids import DeviceId
 from confidantd.jobs.assign import Material, assignments
-from confidantd.jobs.moving import exports
-from confidantd.jobs.pipeline import Pipeline, Placed
+from confidantd.jobs.moving import exports, handed_over, trained_sizes
+from confidantd.jobs.pipeline import Pipeline, Placed, stop_stages
 from confidantd.jobs.prepare import prepare
 from confidantd.jobs.record import JobLog
 from confidantd.jobs.services import JobServices, SwarmView, ask_coordinator, emit_progress
 from confidantd.jobs.setup import Workload
 from confidantd.jobs.stage_notes import StageNotes
 from confidantd.planner.plan import Plan
-from confidantd.planner.replan import worth_moving
-from confidantd.wire.jobs import CurrentStage, PlanRequest, StageProgress
+from confidantd.planner.replan import continued, worth_moving
+from confidantd.tasks import plain_errors
+from confidantd.wire.codec import from_map, to_map
+from confidantd.wire.jobs import (
+    CurrentStage,
+    LinkAnswer,
+    LinkSeen,
+    MeasureLink,
+    PlanRequest,
+    StageProgress,
+)
 from confidantd.wire.stage import OptimizerSpec, StageSpec, StateEntry
-from confidantd.wire.worker import Exported
+from confidantd.wire.worker import Export, Exported
 
 _log = logging.getLogger(__name__)
 
-STATE_BYTES = 4
+LINK_SECONDS = 15.0  # a measurement ends after 3
 # What a stage that failed on its own says; a lost link is a symptom of something else.
-OWN_FAULTS = ("does-not-fit", "worker-failed", "backend-failed", "storage", "corrupt-file")
+OWN_FAULTS = ("does-not-fit", "worker-failed", "backend-failed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +73,11 @@ class Launcher:
         optimizer: OptimizerSpec,
         seed: int,
     ) -> None:
-        self._services, self._log, self._workload = services, log, workload
+        self._services, self._log, self._asked = services, log, workload
+        self._workload = workload
         self._devices, self._optimizer, self._seed = devices, optimizer, seed
         self._without: dict[DeviceId, str] = {}
+        self._links: dict[tuple[DeviceId, DeviceId], LinkSeen] = {}
         self._failed: ConfidantError | None = None
         self._epoch = log.record.epoch
         self._material: Material | None = None
@@ -75,14 +87,15 @@ class Launcher:
 
         A device whose stage fails on its own is left out, and the rest is planned anew.
         """
-        if self._material is None:
-            await self._ask("job.plan")  # refuse before compiling
-            self._material = await prepare(self._services, self._log, self._workload, self._devices)
         while True:
-            plan = await self._negotiated()
-            pipeline = await self._adopted(plan, {}, None, 0)
+            if self._material is None:
+                await self._prepare()
+            plan = await self._planned("job.negotiate")
+            await self._show(plan)
+            pipeline = self._pipeline(plan, {}, None, 0)
             try:
-                await pipeline.start()
+                await pipeline.start_new()
+                await pipeline.start_rest()
             except BaseException as failure:
                 await asyncio.shield(pipeline.stop())
                 if not isinstance(failure, Exception) or not self.goes_on_without(pipeline, plan):
@@ -90,10 +103,16 @@ class Launcher:
                 continue
             return self._launched(pipeline, plan)
 
-    async def _negotiated(self) -> Plan:
+    async def _prepare(self) -> None:
+        """Refuse what cannot be before compiling, cut the batch, and get all that is needed."""
+        plan = await self._planned("job.plan")
+        self._workload = replace(self._asked, microbatches=plan.microbatches)
+        self._material = await prepare(self._services, self._log, self._workload, self._devices)
+
+    async def _planned(self, method: str) -> Plan:
         """A plan for the devices that are left; without one, why the last one was left out."""
         try:
-            return await self._ask("job.negotiate")
+            return await self._ask(method)
         except ConfidantError as failure:
             if self._failed is None:
                 raise
@@ -103,17 +122,25 @@ class Launcher:
     def goes_on_without(self, pipeline: Pipeline, plan: Plan) -> bool:
         """Whether a stage of a pipeline failed on its own, on a device that others can replace.
 
-        If so its device is left out from now on, and the next epoch begins.
+        If so its device is left out from now on, and the next epoch begins. If the user has
+        not said how to cut the batch, others may cut it better.
         """
         failed = pipeline.failed_stage
         if failed is None or failed[1].code not in OWN_FAULTS or self._devices:
             return False
-        stage = plan.stages[failed[0]]
-        self._failed = failed[1]
-        self._without[stage.device] = f"its stage failed: {failed[1].message}"
+        self._leave_out(plan, failed)
         self._next_epoch()
-        self._emit_replan(f"{stage.name} is left out ({failed[1].message})", 0)
+        if self._asked.microbatches == 0:
+            self._workload, self._material = self._asked, None
+        name = plan.stages[failed[0]].name
+        self._emit_replan(f"{name} is left out ({failed[1].message})", 0)
         return True
+
+    def _leave_out(self, plan: Plan, failed: tuple[int, ConfidantError]) -> None:
+        if failed[1].code in OWN_FAULTS:
+            self._failed = failed[1]
+            device = plan.stages[failed[0]].device
+            self._without[device] = f"its stage failed: {failed[1].message}"
 
     async def better_plan(self, launched: Launched, steps_left: int) -> bool:
         """Whether another plan than the running one would pay for the move; reserves nothing."""
@@ -127,29 +154,69 @@ class Launcher:
             return False
         return worth_moving(kept, plan.seconds, steps_left, plan.standstill_seconds)
 
-    async def move(self, launched: Launched, steps_done: int, reason: str) -> Launched | None:
-        """Go on with the plan of now; None if the devices declined it. Between two steps only.
+    async def measure_links(self, launched: Launched) -> None:
+        """Measure the pipeline's links, one after the other, while nothing runs over them."""
+        devices = [stage.device for stage in launched.plan.stages]
+        pairs = {tuple(sorted(pair)) for pair in itertools.pairwise(devices)}
+        for one, other in sorted(pairs):
+            ways = [await self._link_mbps(one, other), await self._link_mbps(other, one)]
+            found = [mbps for mbps in ways if mbps is not None]
+            if found:  # else what was known of it counts on
+                self._links[one, other] = LinkSeen(one, other, min(found))
 
-        Fails like a job's start does; both pipelines are stopped then.
+    async def _link_mbps(self, source: DeviceId, target: DeviceId) -> float | None:
+        try:
+            answer = await self._services.peers.request(
+                source, "device.link", to_map(MeasureLink(target)), timeout_seconds=LINK_SECONDS
+            )
+            return from_map(LinkAnswer, answer).mbps
+        except ConfidantError:
+            return None
+
+    async def move(self, launched: Launched, steps_done: int, reason: str) -> Launched | None:
+        """Go on with the plan of now, between two steps; None if that cannot be: then the job
+        goes on as it was.
+
+        Devices that join load their stages first. Only when all of them are ready do the
+        others let go of what they no longer need; what fails after that ends the job.
         """
         self._epoch += 1
+        self._log.record.state = "recovering"
         try:
             plan = await self._ask("job.negotiate", launched.current())
         except ConfidantError as failure:
-            _log.warning("job %s stays as it is: %s", self._log.record.id, failure)
+            self._stays(failure)
             return None
-        self._log.record.epoch = self._epoch
-        self._emit_replan(reason, steps_done)
-        state = await self._exported(launched, plan)
-        pipeline = await self._adopted(plan, state, launched.plan, steps_done)
+        pipeline: Pipeline | None = None
         try:
-            await pipeline.start()
+            state = await self._exported(launched, plan)
+            pipeline = self._pipeline(plan, state, launched.plan, steps_done)
+            await plain_errors(pipeline.start_new())
+        except BaseException as failure:
+            devices = {stage.device for stage in plan.stages}
+            key = (self._log.record.id, self._epoch)
+            await asyncio.shield(stop_stages(self._services.peers, devices, *key))
+            if not isinstance(failure, ConfidantError) or launched.pipeline.failed:
+                raise
+            if pipeline is not None and pipeline.failed_stage is not None:
+                self._leave_out(plan, pipeline.failed_stage)
+            self._stays(failure)
+            return None
+        try:
+            await pipeline.start_rest()
+            self._log.record.epoch = self._epoch
+            self._emit_replan(reason, steps_done)
+            await self._show(plan)
+            await launched.pipeline.stop()  # of the stages that did not go on
         except BaseException:
-            stops = (pipeline.stop(), launched.pipeline.stop())
-            await asyncio.shield(asyncio.gather(*stops))
+            await asyncio.shield(asyncio.gather(pipeline.stop(), launched.pipeline.stop()))
             raise
-        await launched.pipeline.stop()  # of the stages that did not go on
+        self._log.record.state = "running"
         return self._launched(pipeline, plan)
+
+    def _stays(self, failure: ConfidantError) -> None:
+        _log.warning("job %s stays as it is: %s", self._log.record.id, failure)
+        self._log.record.state = "running"
 
     def _same(self, plan: Plan, other: Plan) -> bool:
         return [(s.device, s.first_layer, s.past_last_layer, s.form) for s in plan.stages] == [
@@ -161,16 +228,20 @@ class Launcher:
         return await ask_coordinator(self._services, method, self._request(request, current))
 
     def _request(self, request: PlanRequest, current: tuple[CurrentStage, ...]) -> PlanRequest:
-        return replace(request, current=current, without=self._without)
+        links = tuple(self._links.values())
+        return replace(request, current=current, without=self._without, links=links)
 
-    async def _adopted(
-        self, plan: Plan, state: Mapping[str, StateEntry], before: Plan | None, steps_done: int
-    ) -> Pipeline:
-        """The pipeline of a negotiated plan, which is the job's from now on, on disk too."""
-        assert self._material is not None
-        self._log.record.devices = [stage.name for stage in plan.stages]
+    async def _show(self, plan: Plan) -> None:
+        """The plan is the job's from now on, on disk too."""
+        self._log.record.devices = list(dict.fromkeys(stage.name for stage in plan.stages))
         self._log.emit({"event": "plan", **plan.to_json()})
         await self._log.save()
+
+    def _pipeline(
+        self, plan: Plan, state: Mapping[str, StateEntry], before: Plan | None, steps_done: int
+    ) -> Pipeline:
+        """The pipeline of a negotiated plan; its stages are not started yet."""
+        assert self._material is not None
         found = assignments(
             self._workload,
             plan,
@@ -184,9 +255,16 @@ class Launcher:
             state=state,
             steps_done=steps_done,
         )
+        old = [stage.device for stage in before.stages] if before else []
+        following = continued(old, [stage.device for stage in plan.stages])
         placed = [
-            Placed(stage.device, _host(self._services.swarm, stage.device), assignment)
-            for stage, assignment in zip(plan.stages, found, strict=True)
+            Placed(
+                stage.device,
+                _host(self._services.swarm, stage.device),
+                assignment,
+                goes_on=index in following,
+            )
+            for index, (stage, assignment) in enumerate(zip(plan.stages, found, strict=True))
         ]
         notes, progress = StageNotes(self._log, plan), _StageProgressLog(self._log).add
         services = self._services
@@ -202,16 +280,15 @@ class Launcher:
         waiting = set(commands)
         while waiting:
             index, event = await pipeline.next_event()
-            if not isinstance(event, Exported):
-                continue
-            waiting.discard(index)
-            for tensor in event.tensors:
-                assert tensor.digest is not None
-                size = tensor.shape[1]
-                found[tensor.name] = StateEntry(
-                    tensor.name, size, 3 * STATE_BYTES * size, tensor.digest, stages[index].device
-                )
+            if isinstance(event, Exported) and index in waiting:
+                waiting.discard(index)
+                sizes = self._sizes(commands[index])
+                found |= handed_over(event, sizes, stages[index].device)
         return found
+
+    def _sizes(self, command: Export) -> dict[str, int]:
+        workload = self._workload
+        return trained_sizes(workload.spec, workload.method, workload.lora, command)
 
     def _launched(self, pipeline: Pipeline, plan: Plan) -> Launched:
         return Launched(pipeline, plan, tuple(p.assignment.spec for p in pipeline.placed))

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from confidantd.models.adapter import adapter_tensor_names
-from confidantd.models.spec import LoraSpec, ModelSpec
+from confidantd.errors import ProtocolError
+from confidantd.ids import DeviceId
+from confidantd.models.adapter import adapter_sources, adapter_tensor_names
+from confidantd.models.spec import LoraSpec, Method, ModelSpec
 from confidantd.models.stage_parts import EMBEDDING, HEAD, Part, kept_parts, stage_parts
-from confidantd.models.tensors import stage_tensor_names
+from confidantd.models.tensors import (
+    Source,
+    block_sources,
+    embedding_sources,
+    head_sources,
+    stage_tensor_names,
+)
 from confidantd.planner.plan import StagePlan
 from confidantd.planner.replan import continued
-from confidantd.wire.worker import Export
+from confidantd.planner.workload import FLOAT_BYTES
+from confidantd.wire.stage import StateEntry
+from confidantd.wire.worker import Export, Exported
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +79,41 @@ def exports(old: Sequence[StagePlan], new: Sequence[StagePlan], *, tied: bool) -
             layers = tuple(part for part in ordered(parts) if isinstance(part, int))
             found[index] = Export(layers, EMBEDDING in parts, HEAD in parts)
     return found
+
+
+def trained_sizes(
+    model: ModelSpec, method: Method | None, lora: LoraSpec | None, command: Export
+) -> dict[str, int]:
+    """Name and number of elements of every tensor that an export must give."""
+    sources: list[Source] = []
+    if method == "lora" and lora is not None:
+        for layer in command.layers:
+            sources += adapter_sources(model, lora, layer)
+    elif method == "full":
+        for layer in command.layers:
+            sources += block_sources(model, layer)
+        sources += embedding_sources(model) if command.embedding else ()
+        sources += head_sources(model) if command.head else ()
+    return {source.name: math.prod(source.shape) for source in sources}
+
+
+def handed_over(
+    event: Exported, sizes: Mapping[str, int], device: DeviceId
+) -> dict[str, StateEntry]:
+    """What a stage has exported, by tensor name; ProtocolError unless it is just what it was
+    asked for: weights that were forgotten would come from the checkpoint, untrained.
+    """
+    found = {tensor.name: tensor for tensor in event.tensors}
+    shapes = {name: tensor.shape for name, tensor in found.items()}
+    if len(found) != len(event.tensors) or shapes != {n: (3, size) for n, size in sizes.items()}:
+        raise ProtocolError("a stage has handed over other tensors than it was asked for")
+    entries = {}
+    for name, tensor in found.items():
+        if tensor.digest is None:
+            raise ProtocolError("a stage has handed over a tensor that is not stored")
+        size = sizes[name]
+        entries[name] = StateEntry(name, size, 3 * FLOAT_BYTES * size, tensor.digest, device)
+    return entries
 
 
 def ordered(parts: Iterable[Part]) -> list[Part]:

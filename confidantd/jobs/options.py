@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from confidantd.errors import DataError, ModelError, OutputError, ProtocolError, UsageError
 from confidantd.wire.codec import from_map
+from confidantd.wire.jobs import OwnerEnds
 
 _T = TypeVar("_T")
 
@@ -16,9 +17,9 @@ TASKS = ("causal-lm",)
 SCHEDULES = ("constant", "linear", "cosine")
 METHODS = ("full", "lora")
 DEFAULT_LEARNING_RATE = {"full": 2e-5, "lora": 2e-4}
-DEFAULT_MICROBATCHES = 4
 DEFAULT_SEQUENCE_LENGTH = 128
 DEFAULT_NEW_TOKENS = 128
+DEFAULT_LOAD, MOST_LOAD = 8, 100_000  # requests at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +51,14 @@ class TrainOptions:
     eval_every: int | None = None
     devices: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
+    owner_ends: OwnerEnds = "auto"
 
     def check(self) -> None:
         """Raise what is wrong with the options themselves; files are looked at later."""
         _one_of("--task", self.task, TASKS)
         _one_of("--method", self.method, METHODS)
         _one_of("--schedule", self.schedule, SCHEDULES)
+        _one_of("--owner-ends", self.owner_ends, get_args(OwnerEnds))
         if self.steps is not None and self.epochs is not None:
             raise UsageError("--steps and --epochs exclude each other")
         for name in ("steps", "epochs", "batch_size", "microbatches", "rank", "eval_every"):
@@ -77,14 +80,6 @@ class TrainOptions:
             raise UsageError("--eval-every needs --eval-data")
 
     @property
-    def microbatch_count(self) -> int:
-        """Microbatches a step: as asked, else the largest divisor of the batch up to four."""
-        if self.microbatches is not None:
-            return self.microbatches
-        fitting = (n for n in range(DEFAULT_MICROBATCHES, 0, -1) if self.batch_size % n == 0)
-        return next(fitting)
-
-    @property
     def peak_learning_rate(self) -> float:
         """The learning rate after warm-up."""
         if self.learning_rate is not None:
@@ -96,7 +91,8 @@ class TrainOptions:
 class PlanOptions:
     """Options of `confidant plan`: those of train and generate that change a plan.
 
-    `what_if`: a file with a fleet to plan for, instead of the swarm.
+    `load`: requests at once, of the objective `serve`. `what_if`: a file with a fleet to plan
+    for, instead of the swarm.
     """
 
     model: str
@@ -111,6 +107,8 @@ class PlanOptions:
     max_new_tokens: int = DEFAULT_NEW_TOKENS
     devices: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
+    owner_ends: OwnerEnds = "auto"
+    load: int | None = None
     what_if: str | None = None
 
 

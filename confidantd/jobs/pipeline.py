@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,7 @@ class Placed:
     device: DeviceId
     host: str
     assignment: StageAssignment
+    goes_on: bool = False  # from a running stage of the job's last epoch
 
 
 class PipelineRouter:
@@ -107,6 +108,7 @@ class Pipeline:
         self._peers = peers
         self._router = router
         self.placed = tuple(stages)
+        self._ports: dict[int, int] = {}
         self.failed_stage: tuple[int, ConfidantError] | None = None  # the first that failed
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue(MAX_WAITING_EVENTS)
         self._failure: ConfidantError | None = None
@@ -150,17 +152,17 @@ class Pipeline:
                 )
             )
 
-    async def start(self) -> None:
-        """Load every stage, then connect them; raises what failed first."""
+    async def start_new(self) -> None:
+        """Load the stages that do not go on from a running one; raises what failed first."""
         self._router.add(self)
-        async with asyncio.TaskGroup() as group:
-            starting = [
-                group.create_task(self._start_stage(index), name=f"start-{placed.host}")
-                for index, placed in enumerate(self.placed)
-            ]
+        await self._start_those(goes_on=False)
+
+    async def start_rest(self) -> None:
+        """Load the others, then connect all."""
+        await self._start_those(goes_on=True)
         addresses = tuple(
-            StageAddress(index, placed.device, placed.host, task.result().port)
-            for index, (placed, task) in enumerate(zip(self.placed, starting, strict=True))
+            StageAddress(index, placed.device, placed.host, self._ports[index])
+            for index, placed in enumerate(self.placed)
         )
         await self.broadcast(Connect(addresses))
         try:
@@ -222,25 +224,23 @@ class Pipeline:
                 4 * math.prod(tensor.shape),
             )
 
+    @property
+    def failed(self) -> bool:
+        """Whether it cannot go on."""
+        return self._failure is not None
+
     async def stop(self) -> None:
         """End every stage that can still be reached and has not gone on to a later epoch."""
         self._router.remove(self)
-        job, epoch = self.key
-        devices = dict.fromkeys(placed.device for placed in self.placed)
-        await asyncio.gather(
-            *(
-                self._peers.request(
-                    device,
-                    "stage.stop",
-                    to_map(StopStage(job, epoch)),
-                    timeout_seconds=STOP_SECONDS,
-                )
-                for device in devices
-            ),
-            return_exceptions=True,
-        )
+        await stop_stages(self._peers, {placed.device for placed in self.placed}, *self.key)
 
-    async def _start_stage(self, stage: int) -> StageStarted:
+    async def _start_those(self, *, goes_on: bool) -> None:
+        async with asyncio.TaskGroup() as group:
+            for index, placed in enumerate(self.placed):
+                if placed.goes_on == goes_on:
+                    group.create_task(self._start_stage(index), name=f"start-{placed.host}")
+
+    async def _start_stage(self, stage: int) -> None:
         placed = self.placed[stage]
         try:
             answer = await self._peers.request(
@@ -252,8 +252,20 @@ class Pipeline:
         except ConfidantError as failure:
             self.failed_stage = self.failed_stage or (stage, failure)
             raise
-        return from_map(StageStarted, answer)
+        self._ports[stage] = from_map(StageStarted, answer).port
 
     def _fail(self, failure: ConfidantError) -> None:
         self._failure = self._failure or failure
         self._failed.set()
+
+
+async def stop_stages(peers: Peers, devices: Collection[DeviceId], job: JobId, epoch: int) -> None:
+    """End the stages of one epoch of a job, and what is promised for it, where that is possible."""
+    message = to_map(StopStage(job, epoch))
+    await asyncio.gather(
+        *(
+            peers.request(device, "stage.stop", message, timeout_seconds=STOP_SECONDS)
+            for device in devices
+        ),
+        return_exceptions=True,
+    )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from confidantd.errors import DeviceError
+from confidantd.errors import DeviceError, UsageError
 from confidantd.ids import DeviceId, short_id
 from confidantd.models.programs import worth_splitting
 from confidantd.models.saved import saved_floats
@@ -17,13 +18,17 @@ from confidantd.models.tensors import (
     head_parameters,
     lora_parameters,
 )
-from confidantd.planner.costs import PlanDevice
+from confidantd.planner.costs import PlanDevice, assumed_speeds
+from confidantd.planner.microbatches import Cut, counts
 from confidantd.planner.plan import LeftOut, Plan, seconds_of
+from confidantd.planner.speeds import resized, valid
 from confidantd.planner.workload import Workload
 from confidantd.swarm.state import PeerView
 from confidantd.wire.jobs import CurrentStage, PlanRequest
+from confidantd.wire.links import Link, plausible
 from confidantd.wire.messages import clean_text
 from confidantd.wire.resources import MAX_REASON_CHARACTERS
+from confidantd.wire.speeds import Speeds
 from confidantd.wire.stage import StageAssignment
 
 
@@ -66,9 +71,15 @@ def takes_no_part(name: str, reason: str) -> DeviceError:
 
 
 def with_current(device: PlanDevice, request: PlanRequest) -> PlanDevice:
-    """The device with the memory that the job holds there already."""
+    """The device with the memory that the job holds there already, and the links it measured."""
     held = sum(stage.memory_bytes for stage in request.current if stage.device == device.id)
-    return replace(device, available_bytes=device.available_bytes + held)
+    links = dict(device.links)
+    for seen in request.links:
+        ends = (seen.source, seen.target)
+        if device.id in ends and plausible(Link(mbps=seen.mbps)):
+            other = ends[1 - ends.index(device.id)]
+            links[other] = replace(links.get(other, Link()), mbps=seen.mbps)
+    return replace(device, available_bytes=device.available_bytes + held, links=links)
 
 
 def cannot(request: PlanRequest, peers: Sequence[PeerView]) -> tuple[LeftOut, ...]:
@@ -96,17 +107,63 @@ def kept_seconds(
 
 
 def kept_layers(current: Sequence[CurrentStage], plan: Plan) -> dict[DeviceId, tuple[int, int]]:
-    """Of each device of a plan: how many layers of its stage it has already, and of how many."""
-    ends = itertools.accumulate((stage.layers for stage in current), initial=0)
-    there = {
-        s.device: range(a, b) for s, (a, b) in zip(current, itertools.pairwise(ends), strict=True)
-    }
-    found = {}
-    for stage in plan.stages:
-        layers = range(stage.first_layer, stage.past_last_layer)
-        has = len(set(layers) & set(there.get(stage.device, ())))
-        found[stage.device] = (has, len(layers))
-    return found
+    """Of each device of a plan: how many of its layers it has already, and how many they are."""
+    starts = itertools.accumulate((stage.layers for stage in current), initial=0)
+    there, wanted = defaultdict[DeviceId, set[int]](set), defaultdict[DeviceId, set[int]](set)
+    for stage, first in zip(current, starts, strict=False):
+        there[stage.device] |= set(range(first, first + stage.layers))
+    for planned in plan.stages:
+        wanted[planned.device] |= set(range(planned.first_layer, planned.past_last_layer))
+    return {d: (len(layers & there[d]), len(layers)) for d, layers in wanted.items()}
+
+
+def cut_requests(request: PlanRequest) -> tuple[PlanRequest, ...]:
+    """One request for each number of microbatches that is compared: the one that was asked for,
+    and those that the planner may choose from.
+    """
+    if request.method is None:
+        return (request,)
+    given = request.microbatches
+    batch = request.batch_size
+    if batch < 1 or given < 0 or (given and batch % given):
+        raise UsageError(f"a batch of {batch} cannot be cut into {given} microbatches")
+    numbers = {*counts(batch), given} - {0}
+    return tuple(replace(request, microbatches=number) for number in sorted(numbers))
+
+
+def cuts_of(
+    requests: Sequence[PlanRequest],
+    devices: Sequence[PlanDevice],
+    speeds: Mapping[DeviceId, Sequence[Speeds | None]],
+) -> tuple[Cut, ...]:
+    """Ways to cut the batch, one a request, with what each device knows of its speed at them.
+
+    What a device does not know of one size follows from what it knows of the nearest one.
+    """
+    works = [plan_workload(request) for request in requests]
+    found = []
+    for index, work in enumerate(works):
+        known = {device.id: speeds.get(device.id, ()) for device in devices}
+        found.append(
+            Cut(
+                work,
+                tuple(replace(d, speeds=_speeds_at(works, index, known[d.id])) for d in devices),
+            )
+        )
+    return tuple(found)
+
+
+def _speeds_at(
+    works: Sequence[Workload], index: int, known: Sequence[Speeds | None]
+) -> Speeds | None:
+    there = [(i, speeds) for i, speeds in enumerate(known) if speeds is not None and valid(speeds)]
+    if not there:
+        return None
+    near, speeds = min(there, key=lambda one: abs(one[0] - index))
+    if near == index:
+        return speeds
+    before, after = (assumed_speeds(works[i], 1.0) for i in (near, index))
+    return resized(speeds, before, after)
 
 
 def plan_workload(request: PlanRequest) -> Workload:
@@ -132,6 +189,7 @@ def plan_workload(request: PlanRequest) -> Workload:
         method=request.method,
         saved_floats=0 if request.method is None else _saved_floats(request),
         splits=worth_splitting(program_request(request)),
+        load=request.load,
     )
 
 

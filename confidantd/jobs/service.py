@@ -8,6 +8,7 @@ import logging
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ from confidantd.jobs.options import (
 )
 from confidantd.jobs.record import FINAL_STATES, JobLog, JobRecord
 from confidantd.jobs.services import JobServices, ask_coordinator, failure_event
-from confidantd.jobs.setup import generate_workload, train_workload
+from confidantd.jobs.setup import planned_workload
 from confidantd.jobs.timeline import timeline
 from confidantd.jobs.train import TrainJob, check_training
 from confidantd.jobs.what_if import plan_for
@@ -85,12 +86,11 @@ class Jobs:
     async def plan(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The plan that a job with these options would get now, or with the fleet of a file."""
         options = options_from(PlanOptions, request)
-        make = train_workload if options.objective == "train" else generate_workload
-        workload = await asyncio.to_thread(make, options)
-        if options.what_if is not None:
-            asked = workload.plan_request(PLAN_ONLY, FIRST_EPOCH, options.devices)
-            return (await asyncio.to_thread(plan_for, options.what_if, asked)).to_json()
+        workload = await asyncio.to_thread(planned_workload, options)
         asked = workload.plan_request(PLAN_ONLY, FIRST_EPOCH, options.devices)
+        asked = replace(asked, explain=True)
+        if options.what_if is not None:
+            return (await asyncio.to_thread(plan_for, options.what_if, asked)).to_json()
         return (await ask_coordinator(self._services, "job.plan", asked)).to_json()
 
     async def train(self, request: Mapping[str, Any]) -> JobLog:

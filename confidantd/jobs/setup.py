@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from confidantd.errors import ModelError, UsageError
 from confidantd.ids import JobId
 from confidantd.jobs.options import (
+    DEFAULT_LOAD,
     DEFAULT_SEQUENCE_LENGTH,
+    MOST_LOAD,
     GenerateOptions,
     PlanOptions,
     TrainOptions,
@@ -21,7 +23,7 @@ from confidantd.models.folder import ModelFolder, read_model
 from confidantd.models.safetensors import TensorLocation
 from confidantd.models.spec import LoraSpec, Method, ModelSpec, ProgramRequest
 from confidantd.models.tensors import check_targets, default_targets
-from confidantd.wire.jobs import PlanRequest
+from confidantd.wire.jobs import OwnerEnds, PlanRequest
 
 DEFAULT_RANK = 8
 DEFAULT_ALPHA = 16.0
@@ -29,7 +31,9 @@ DEFAULT_ALPHA = 16.0
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A model and what shall be done with it."""
+    """A model and what shall be done with it. `microbatches` 0: the plan will choose; `load`: so
+    many requests are served at once, which only a plan can do yet.
+    """
 
     model: ModelFolder
     method: Method | None
@@ -39,6 +43,8 @@ class Workload:
     microbatches: int
     sequence_length: int
     layers: tuple[int, ...] = ()  # of each device, where the user insists
+    owner_ends: OwnerEnds = "auto"
+    load: int = 0
 
     @property
     def spec(self) -> ModelSpec:
@@ -52,7 +58,7 @@ class Workload:
             epoch=epoch,
             model_name=self.model.path.name,
             model=self.spec,
-            objective="train" if self.method else "generate",
+            objective="train" if self.method else "serve" if self.load else "generate",
             method=self.method,
             lora=self.lora,
             batch_size=self.batch_size,
@@ -60,6 +66,8 @@ class Workload:
             sequence_length=self.sequence_length,
             devices=devices,
             layers=self.layers,
+            owner_ends=self.owner_ends,
+            load=self.load,
         )
 
     def program_request(self) -> ProgramRequest:
@@ -77,10 +85,9 @@ def train_workload(options: TrainOptions | PlanOptions) -> Workload:
     adapter: Mapping[str, TensorLocation] = {}
     if method == "lora":
         lora, adapter = _lora(model, options, adapter_folder)
-    checked = TrainOptions(
+    TrainOptions(
         options.model, (), "", batch_size=options.batch_size, microbatches=options.microbatches
-    )
-    checked.check()
+    ).check()
     length = options.sequence_length or min(DEFAULT_SEQUENCE_LENGTH, model.spec.max_positions)
     if length > model.spec.max_positions:
         raise UsageError(
@@ -89,15 +96,18 @@ def train_workload(options: TrainOptions | PlanOptions) -> Workload:
             "lower --sequence-length",
         )
     check_layers(options.devices, options.layers, model.spec.layers)
+    if options.layers and options.owner_ends == "always":
+        raise UsageError("--layers and --owner-ends always exclude each other")
     return Workload(
         model,
         method,
         lora,
         adapter,
         options.batch_size,
-        checked.microbatch_count,
+        options.microbatches or 0,
         length,
         options.layers,
+        options.owner_ends,
     )
 
 
@@ -113,6 +123,24 @@ def generate_workload(options: GenerateOptions | PlanOptions, prompt_tokens: int
     check_layers(options.devices, options.layers, model.spec.layers)
     room = min(length, model.spec.max_positions)
     return Workload(model, None, lora, adapter, 1, 1, room, options.layers)
+
+
+def planned_workload(options: PlanOptions) -> Workload:
+    """What `confidant plan` is asked about. A served request is as long as a generated one."""
+    if options.load is not None and options.objective != "serve":
+        raise UsageError("--load needs --serve")
+    match options.objective:
+        case "train":
+            return train_workload(options)
+        case "generate":
+            return generate_workload(options)
+        case "serve":
+            load = DEFAULT_LOAD if options.load is None else options.load
+            if not 1 <= load <= MOST_LOAD:
+                raise UsageError(f"--load must be 1 to {MOST_LOAD}")
+            return replace(generate_workload(options), load=load)
+        case other:
+            raise UsageError(f"there is no objective {other[:40]}", "train, generate or serve")
 
 
 def _lora(

@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from confidantd.errors import ProtocolError
+from confidantd.errors import CancelledJobError, ProtocolError
 from confidantd.ids import DeviceId, Digest, JobId, is_job_id
 from confidantd.jobs.grants import Grants, Held, Place
 from confidantd.jobs.peers import Peers
-from confidantd.jobs.speeds import SpeedBook
+from confidantd.jobs.request_checks import check_offer
+from confidantd.jobs.speed_book import SpeedBook
 from confidantd.jobs.splits import Splits, program_request
 from confidantd.jobs.stage_blobs import StageBlobs
 from confidantd.jobs.stage_process import StageProcess
@@ -51,6 +52,8 @@ from confidantd.wire.worker import (
 
 _log = logging.getLogger(__name__)
 
+TURNS = "turns"  # the file that the stages of one job on this device lock
+
 
 class StageHost:
     """Answers `stage.*` requests on this device."""
@@ -62,7 +65,7 @@ class StageHost:
         home: Path,
         hosts: tuple[str, ...],
         threads: int,
-        resources: Callable[[], Resources],
+        resources: Callable[[], Awaitable[Resources]],
         address_of: Callable[[DeviceId], str | None],
         granted: Callable[[], None],
         coordinator: Callable[[], DeviceId | None],
@@ -92,7 +95,7 @@ class StageHost:
         peers.on_request("stage.stop", self._stop)
 
     def granted_bytes(self) -> int:
-        """Memory promised to jobs on this device."""
+        """Memory promised to jobs on this device; to be asked on the event loop."""
         self._forget_expired()
         return self._grants.bytes()
 
@@ -118,6 +121,7 @@ class StageHost:
         self._forget_expired()
         if not is_job_id(offer.job):
             raise ProtocolError("an offer has no proper job id")
+        check_offer(offer)
         if coordinator != self._coordinator():
             return to_map(OfferAnswer(False, 0, "it follows another coordinator", refuses=True))
         async with self._deciding:
@@ -128,7 +132,7 @@ class StageHost:
         for others now.
         """
         running = self._grants.check(offer)
-        resources = await asyncio.to_thread(self._resources)
+        resources = await self._resources()
         free = resources.available_bytes + (running.memory_bytes if running else 0)
         if resources.refuses and offer.owner != self._peers.self_id and running is None:
             return OfferAnswer(False, free, resources.refuses, refuses=True)
@@ -159,23 +163,37 @@ class StageHost:
         )
         try:
             blobs = await self._blobs.fetch(owner, assignment)
-            return to_map(await self._start_worker(held, assignment, blobs))
+            started = await self._start_worker(held, assignment, blobs)
         except BaseException:
             await self._release(held)
             raise
+        finally:
+            await self._forget_state(assignment)
+        self._grants.started(held)
+        self._grants_changed()
+        return to_map(started)
 
     async def _start_worker(
         self, held: Held, assignment: StageAssignment, blobs: dict[Digest, BlobRange]
     ) -> StageStarted:
         if held.process is None:
             log = self._home / "logs" / f"worker-{assignment.job}-{assignment.stage}.log"
+            await asyncio.to_thread(self._job_folder(held).mkdir, parents=True, exist_ok=True)
+            await asyncio.to_thread(self._speeds.begin, assignment)
+            _check_wanted(held)
             hear = _Hearer(self._peers, self._store, self._speeds, held).hear
             held.process = await StageProcess.start(log, hear)
-            await asyncio.to_thread(self._speeds.begin, assignment)
             self._tasks.start(held.process.run(), f"events-{assignment.job}")
-        resources = await asyncio.to_thread(self._resources)
+        resources = await self._resources()
+        _check_wanted(held)  # else the release that came meanwhile ends the process
         limit = enforced_bytes(assignment.memory_bytes, resources.available_bytes)
         return await held.process.load(self._load(assignment, blobs, limit))
+
+    async def _forget_state(self, assignment: StageAssignment) -> None:
+        """What was taken over from others is in memory now; here it would outlive the job."""
+        own = {digest for held in self._grants for digest in held.trained}
+        for digest in {entry.digest for entry in assignment.state} - own:
+            await asyncio.to_thread(self._store.remove, digest)
 
     def _load(
         self, assignment: StageAssignment, blobs: dict[Digest, BlobRange], limit_bytes: int
@@ -190,6 +208,7 @@ class StageHost:
             ("cpu",) if assignment.cpu_only else splits.backends(),
             splits.split,
             str(file),
+            str(self._home / "jobs" / assignment.job / TURNS),
             limit_bytes,
         )
 
@@ -198,7 +217,11 @@ class StageHost:
         held = self._grants.find(owner, Place(message.job, message.epoch, message.stage))
         if held.process is None:
             raise ProtocolError(f"job {message.job} has no worker here yet")
-        await held.process.send(await self._localised(command_from(message.command), held))
+        command = await self._localised(command_from(message.command), held)
+        if isinstance(command, Connect):  # all state was taken over by then
+            for left in self._grants.before(owner, message.job, message.epoch):
+                await self._release(left)
+        await held.process.send(command)
         return {}
 
     async def _localised(self, command: Command, held: Held) -> Command:
@@ -215,8 +238,11 @@ class StageHost:
             return replace(command, folder=str(folder))
         return command
 
+    def _job_folder(self, held: Held) -> Path:
+        return self._home / "jobs" / held.offer.job
+
     def _trained_folder(self, held: Held) -> Path:
-        return self._home / "jobs" / held.offer.job / f"trained-{held.offer.stage}"
+        return self._job_folder(held) / held.folder
 
     def _seen_from_here(self, address: StageAddress) -> StageAddress:
         """The address of this device's own connection to the peer beats the owner's view of it."""
@@ -225,6 +251,7 @@ class StageHost:
 
     async def _stop(self, owner: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
         message = from_map(StopStage, params)
+        self._grants.drop(owner, message.job, message.epoch)
         for held in self._grants.of_epoch(owner, message.job, message.epoch):
             await self._release(held)
         return {}
@@ -237,8 +264,9 @@ class StageHost:
                 await asyncio.to_thread(self._speeds.save, held.process.assignment)
         await self._forget_trained(held)
         self._grants_changed()
-        with contextlib.suppress(OSError):
-            await asyncio.to_thread(_remove_folder, self._trained_folder(held))
+        job = held.offer.job
+        last = job not in self.jobs()
+        await asyncio.to_thread(_remove, self._trained_folder(held), self._job_folder(held), last)
 
     async def _forget_trained(self, held: Held) -> None:
         for digest in held.trained:
@@ -246,8 +274,12 @@ class StageHost:
         held.trained.clear()
 
     def _forget_expired(self) -> None:
-        with contextlib.suppress(RuntimeError):  # asked for from a thread: next time
-            self._grants.forget_expired(asyncio.get_running_loop().time())
+        self._grants.forget_expired(asyncio.get_running_loop().time())
+
+
+def _check_wanted(held: Held) -> None:
+    if held.released:
+        raise CancelledJobError(f"job {held.offer.job} was stopped while its stage was loaded here")
 
 
 class _Hearer:
@@ -284,7 +316,16 @@ class _Hearer:
         return replace(found, tensors=tuple(tensors))
 
 
-def _remove_folder(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
+def _remove(trained: Path, job: Path, last: bool) -> None:
+    """What a stage has written; with the job's `last` stage here also what all of them share.
+
+    The owner's record of the job, which lies there too, stays.
+    """
+    with contextlib.suppress(OSError):
+        for path in trained.iterdir():
+            path.unlink()
+        trained.rmdir()
+    if last:
+        with contextlib.suppress(OSError):
+            (job / TURNS).unlink(missing_ok=True)
+            job.rmdir()

@@ -61,7 +61,13 @@ class StageProcess:
         await self._process.send(command)
 
     async def run(self) -> None:
-        """Hear events until the worker ends."""
+        """Hear events until the worker ends; who waits for it to load then waits no longer."""
+        try:
+            await self._hear_all()
+        finally:
+            self._fail_load(Failed("worker-failed", "the worker was stopped", ""))
+
+    async def _hear_all(self) -> None:
         async for event in self._process.events():
             if isinstance(event, Measuring):
                 self._go_on()

@@ -11,7 +11,9 @@ from confidantd.jobs.options import TrainOptions
 from confidantd.jobs.record import JobLog
 from confidantd.jobs.step_progress import StepProgress
 from confidantd.jobs.training_data import TokenBlocks
-from confidantd.planner.replan import Watch
+from confidantd.planner.plan import StagePlan
+from confidantd.planner.replan import LEAST_LEFT_SECONDS, LINKS, Watch, with_links
+from confidantd.planner.simulate import StageCost
 from confidantd.wire.worker import Evaluated, StepDone
 
 STEPS_AHEAD = 2  # batches that wait at the stages, so that none waits for the owner
@@ -38,6 +40,7 @@ class StepLoop:
         self.progress = StepProgress(launched, course, log)
         self._watch = _watch(launched)
         self._steps_seen = 0  # of this plan
+        self._step_seconds = 0.0
 
     async def run(self) -> None:
         """To the end of the last step and evaluation."""
@@ -69,22 +72,37 @@ class StepLoop:
         """With what was planned. The first step of a plan also fills memory and says nothing."""
         self._steps_seen += 1
         if self._steps_seen > 1:
-            count = self.launched.plan.microbatches
+            plan = self.launched.plan
+            self._step_seconds = max(answer.wall_seconds for answer in answers.values())
             self._watch = self._watch.observe(
-                {str(stage): answer.computed_seconds / count for stage, answer in answers.items()}
+                with_links(
+                    self._watch.planned,
+                    [_cost(plan.stages[i], answers[i]) for i in sorted(answers)],
+                    [link.cost for link in plan.links],
+                    plan.microbatches,
+                    self._step_seconds,
+                    plan.holders(),
+                )
             )
 
     async def _reconsider(self) -> None:
-        """Stages drift: go on with another plan, if there is one that pays."""
+        """Stages or links drift: go on with another plan, if there is one that pays."""
         left = self._course.steps - self._feeder.fed
-        if await self._launcher.better_plan(self.launched, left):
-            while not self._drained:
-                await self._hear()
+        worth_a_look = left * self._step_seconds > LEAST_LEFT_SECONDS
+        if worth_a_look and self._watch.farthest == LINKS:
+            await self._drain()
+            await self._launcher.measure_links(self.launched)
+        if worth_a_look and await self._launcher.better_plan(self.launched, left):
+            await self._drain()
             moved = await self._launcher.move(self.launched, self.progress.done, self._reason())
             if moved is not None:
                 self._adopt(moved)
                 return
         self._watch = self._watch.stays()
+
+    async def _drain(self) -> None:
+        while not self._drained:
+            await self._hear()
 
     def _adopt(self, launched: Launched) -> None:
         self.launched, self._watch, self._steps_seen = launched, _watch(launched), 0
@@ -92,13 +110,23 @@ class StepLoop:
         self.progress.adopt(launched)
 
     def _reason(self) -> str:
-        """The stage that is farthest from its plan."""
-        ratios = self._watch.drift.ratios
-        stage = max(ratios, key=lambda name: max(ratios[name], 1 / max(ratios[name], 1e-9)))
-        name = self.launched.plan.stages[int(stage)].name
-        return f"{name} takes {ratios[stage]:.2g} times as long as planned"
+        """What is farthest from the plan."""
+        farthest = self._watch.farthest
+        ratio = self._watch.drift.ratios[farthest]
+        if farthest == LINKS:
+            return f"over its links a step takes {ratio:.2g} times as long as planned"
+        name = self.launched.plan.stages[int(farthest)].name
+        return f"{name} takes {ratio:.2g} times as long as planned"
 
 
 def _watch(launched: Launched) -> Watch:
     stages = enumerate(launched.plan.stages)
-    return Watch({str(index): stage.seconds for index, stage in stages})
+    return Watch({**{str(index): stage.seconds for index, stage in stages}, LINKS: 1.0})
+
+
+def _cost(planned: StagePlan, step: StepDone) -> StageCost:
+    """What a stage took, with the planned time of the optimizer: the measured one has a wait in
+    it.
+    """
+    forward, backward = step.mean_seconds("forward"), step.mean_seconds("backward")
+    return StageCost(forward, backward, planned.update_seconds)

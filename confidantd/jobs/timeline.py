@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,12 +33,11 @@ def _predicted(plan: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
     links = [
         LinkCost(k["sending_seconds"], k["seconds"] - k["sending_seconds"]) for k in plan["links"]
     ]
-    spans = simulate(stages, links, plan["microbatches"]).spans
-    return [
-        [
-            {"kind": s.kind.value, "microbatch": s.microbatch, "start": s.start, "end": s.end}
-            for s in row
-            if s.end > s.start
-        ]
-        for _, row in itertools.groupby(spans, lambda s: s.stage)
-    ]
+    devices = [s["device"] for s in plan["stages"]]
+    holders = [devices.index(device) for device in devices]
+    rows: list[list[dict[str, Any]]] = [[] for _ in stages]
+    for span in simulate(stages, links, plan["microbatches"], holders=holders).spans:
+        if span.end > span.start:
+            bar = {"kind": span.kind.value, "microbatch": span.microbatch}
+            rows[span.stage].append({**bar, "start": span.start, "end": span.end})
+    return rows

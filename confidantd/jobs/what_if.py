@@ -29,9 +29,9 @@ from typing import Any
 from confidantd.config import parse_size
 from confidantd.errors import ConfigError, DeviceError, UsageError
 from confidantd.ids import DeviceId, digest_of
-from confidantd.jobs.plan_inputs import plan_workload
+from confidantd.jobs.plan_inputs import cut_requests, cuts_of
 from confidantd.planner.costs import PlanDevice
-from confidantd.planner.plan import Plan, make_plan
+from confidantd.planner.plan import Plan, choose_plan
 from confidantd.wire.jobs import PlanRequest
 from confidantd.wire.links import Link
 
@@ -89,13 +89,14 @@ class _WrongError(ValueError):
 def plan_for(path: str, request: PlanRequest) -> Plan:
     """The plan for the fleet of a file, or for those of it that the request names."""
     fleet = read_fleet(path).only(request.devices)
-    return make_plan(
-        plan_workload(request),
-        fleet.devices,
+    return choose_plan(
+        cuts_of(cut_requests(request), fleet.devices, {}),
         fleet.owner,
+        count=request.microbatches,
         use_all=bool(request.devices),
         layers=request.layers,
-        explain=True,
+        ends=request.owner_ends,
+        explained=request.explain,
     )
 
 

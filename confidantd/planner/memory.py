@@ -98,7 +98,7 @@ def stage_memory(
         moments=2 * FLOAT_BYTES * trained,
         kept=kept,
         cache=_cache_bytes(work, layers),
-        workspace=_workspace_bytes(work, form, head=head),
+        workspace=_workspace_bytes(work, form, blocks=layers > 0, head=head),
         providers=providers * _provider_bytes(work, form, head=head),
     )
 
@@ -115,23 +115,26 @@ def _provider_bytes(work: Workload, form: Form, *, head: bool) -> int:
 
 
 def _cache_bytes(work: Workload, layers: int) -> int:
-    """Keys and values of every position, twice while a step makes the new cache."""
+    """Keys and values of every position of every request; of one twice, while its next token
+    makes the new cache.
+    """
     if work.method is not None:
         return 0
-    return 2 * 2 * FLOAT_BYTES * layers * work.kv_width * work.sequence_length
+    copies = work.requests + 1
+    return copies * 2 * FLOAT_BYTES * layers * work.kv_width * work.sequence_length
 
 
-def _workspace_bytes(work: Workload, form: Form, *, head: bool) -> int:
+def _workspace_bytes(work: Workload, form: Form, *, blocks: bool, head: bool) -> int:
     """What programs need while they run. Those of blocks and head share one arena, but what the
     one leaves free has not the sizes that the other asks for, so they are added up.
     """
     tokens, length = work.tokens, work.sequence_length
     attention = work.microbatch_size * work.heads * length * length
-    floats = (
-        ATTENTION_COPIES * attention
-        + COLUMN_COPIES[work.method] * tokens * work.columns
-        + HIDDEN_COPIES[work.method] * tokens * work.hidden
-    )
+    floats = 0
+    if blocks:
+        floats += ATTENTION_COPIES * attention
+        floats += COLUMN_COPIES[work.method] * tokens * work.columns
+        floats += HIDDEN_COPIES[work.method] * tokens * work.hidden
     if head and work.method is not None:
         floats += _logit_floats(work, form)
     return FLOAT_BYTES * floats

@@ -23,8 +23,17 @@ from confidantd.planner.costs import (
     stage_seconds,
 )
 from confidantd.planner.options import Options
-from confidantd.planner.pace import NOTHING, before, behind, step_seconds
+from confidantd.planner.pace import (
+    NOTHING,
+    before,
+    behind,
+    round_before,
+    round_behind,
+    round_seconds,
+    step_seconds,
+)
 from confidantd.planner.search import Search
+from confidantd.planner.simulate import LinkCost, StageCost
 from confidantd.planner.workload import Form, Workload
 from confidantd.schedule.one_f_one_b import in_flight
 
@@ -32,18 +41,32 @@ EXACT_DEVICES = 8
 SHORT, MUCH_SLOWER = 2, 1.1  # which alternatives are looked for: devices, times the best
 OWNER_FIRST_SHARE = 0.05  # the embedding stays with the owner unless that costs more
 
+_Pipelines = Iterator[tuple[list[PlanDevice], list[list[int]]]]
+
 
 @dataclass(frozen=True, slots=True)
 class Partition:
     """Layer counts and forms of each device in pipeline order, and the predicted seconds.
 
-    `seconds` is the step time in training and the time per token in generation.
+    `seconds` is the step time in training, and in generation the time of a round: a token
+    for every request.
     """
 
     devices: tuple[PlanDevice, ...]
     layers: tuple[int, ...]
     forms: tuple[Form, ...]
     seconds: float
+
+    @property
+    def holders(self) -> tuple[int, ...]:
+        """For each stage the first one on its device: others than itself where it has two."""
+        devices = [device.id for device in self.devices]
+        return tuple(devices.index(device) for device in devices)
+
+    @property
+    def is_ring(self) -> bool:
+        """Whether its first device holds the last stage, too."""
+        return self.holders[-1] != len(self.devices) - 1
 
 
 def best_partition(
@@ -53,10 +76,30 @@ def best_partition(
 
     `use_all`: every device must hold at least one layer.
     """
-    best: Partition | None = None
-    for found in _better_and_better(work, devices, owner, use_all=use_all):
-        best = found
-    return best
+    rough = rough_partition(work, devices, owner, use_all=use_all)
+    enough = math.inf if rough is None else cost(rough, owner)
+    return faster_partition(work, devices, owner, enough, use_all=use_all) or rough
+
+
+def rough_partition(
+    work: Workload, devices: Sequence[PlanDevice], owner: DeviceId, *, use_all: bool
+) -> Partition | None:
+    """The best of a few orders of the fastest and of the most spacious devices.
+
+    A good one, found fast, leaves little to search. None does not mean that nothing fits.
+    """
+    pipelines = _in_few_orders(work, devices, owner, use_all=use_all)
+    return _best_of(work, owner, pipelines, math.inf)
+
+
+def faster_partition(
+    work: Workload, devices: Sequence[PlanDevice], owner: DeviceId, enough: float, *, use_all: bool
+) -> Partition | None:
+    """The fastest one in any order, if its cost is under `enough`."""
+    ranked = _ranked(work, devices, owner)
+    sizes = [len(ranked)] if use_all else range(1, min(len(ranked), work.layers) + 1)
+    exact = (found for size in sizes if size <= EXACT_DEVICES for found in _exact(ranked, size))
+    return _best_of(work, owner, exact, enough)
 
 
 def fixed_partition(
@@ -74,16 +117,22 @@ def fixed_partition(
     return Partition(tuple(devices), tuple(layers), tuple(forms), seconds)
 
 
-def _better_and_better(
-    work: Workload, devices: Sequence[PlanDevice], owner: DeviceId, *, use_all: bool
-) -> Iterator[Partition]:
-    """Partitions, each faster than those before it."""
-    enough = math.inf
-    for chosen, choices in _pipelines(work, devices, owner, use_all=use_all):
+def in_this_order(work: Workload, devices: Sequence[PlanDevice]) -> Partition | None:
+    """The fastest partition over all of these devices in this order."""
+    choices = [[place] for place in range(len(devices))]
+    return _fastest(work, devices, choices, devices[0].id, math.inf)
+
+
+def _best_of(
+    work: Workload, owner: DeviceId, pipelines: _Pipelines, enough: float
+) -> Partition | None:
+    """The fastest of these, if its cost is under `enough`."""
+    best: Partition | None = None
+    for chosen, choices in pipelines:
         found = _fastest(work, chosen, choices, owner, enough)
         if found is not None:
-            enough = cost(found, owner)
-            yield found
+            best, enough = found, cost(found, owner)
+    return best
 
 
 def _fastest(
@@ -94,7 +143,7 @@ def _fastest(
     enough: float,
 ) -> Partition | None:
     """The best pipeline of these choices, if its cost is under `enough`."""
-    factors = [_text_factor(device, owner) for device in chosen]
+    factors = [text_factor(device, owner) for device in chosen]
     found = Search(work, chosen, choices, factors).fastest(enough)
     if found is None:
         return None
@@ -106,32 +155,35 @@ def _fastest(
 
 
 def alternatives(
-    work: Workload, devices: Sequence[PlanDevice], owner: DeviceId, best: Partition
+    work: Workload,
+    devices: Sequence[PlanDevice],
+    owner: DeviceId,
+    best: Partition,
+    *,
+    however_slow: bool,
 ) -> list[Partition]:
-    """The best pipelines of other lengths than `best`, the fastest first: of one and two devices
-    however slow, and of one more and one less if they are not much slower.
+    """The best pipelines of one device more and of one less than `best`, if they are not much
+    slower; and those of one and of two devices `however_slow`.
     """
     found: list[Partition] = []
     there = len(best.devices)
-    for size in sorted({1, 2, there - 1, there + 1} - {there, 0}):
+    always = set(range(1, SHORT + 1)) if however_slow else set()
+    for size in sorted(({there - 1, there + 1} | always) - {there, 0}):
         if size > min(len(devices), work.layers, EXACT_DEVICES):
             continue
-        enough = math.inf if size <= SHORT else MUCH_SLOWER * cost(best, owner)
-        fastest: Partition | None = None
-        for chosen, choices in _exact(_ranked(work, devices, owner), size):
-            one = _fastest(work, chosen, choices, owner, enough)
-            if one is not None:
-                fastest, enough = one, cost(one, owner)
+        enough = math.inf if size in always else MUCH_SLOWER * cost(best, owner)
+        fastest = _best_of(work, owner, _exact(_ranked(work, devices, owner), size), enough)
         found += [fastest] if fastest is not None else []
-    return sorted(found, key=lambda partition: cost(partition, owner))
+    return found
 
 
 def cost(found: Partition, owner: DeviceId) -> float:
     """Seconds, a little more where the owner's token ids would leave its device."""
-    return found.seconds * _text_factor(found.devices[0], owner)
+    return found.seconds * text_factor(found.devices[0], owner)
 
 
-def _text_factor(first: PlanDevice, owner: DeviceId) -> float:
+def text_factor(first: PlanDevice, owner: DeviceId) -> float:
+    """What the time of a pipeline with such a first device counts times."""
     return 1.0 if first.id == owner else 1.0 + OWNER_FIRST_SHARE
 
 
@@ -141,7 +193,7 @@ def predicted_seconds(
     layers: Sequence[int],
     forms: Sequence[Form] = (),
 ) -> float:
-    """Seconds of a step in closed form (`pace`), or of a token.
+    """Seconds of a step in closed form (`pace`), or of a round of tokens.
 
     Every stage is in saved form unless `forms` says otherwise.
     """
@@ -153,9 +205,8 @@ def predicted_seconds(
         for index, (device, count, form) in enumerate(zip(order, layers, forms, strict=True))
     ]
     if work.method is None:
-        back = [link_cost(work, order[-1], order[0])] if links else []
-        ways = sum(link.seconds + link.latency for link in (*links, *back))
-        return ways + sum(cost.forward + cost.backward for cost in costs)
+        back = link_cost(work, order[-1], order[0]) if links else None
+        return _round_seconds(costs, links, back, work.requests)
     count, suffix = work.microbatches, NOTHING
     for index in range(last, -1, -1):
         if index < last:
@@ -166,25 +217,29 @@ def predicted_seconds(
     return step_seconds(suffix, count)
 
 
-_Pipelines = Iterator[tuple[list[PlanDevice], list[list[int]]]]
+def _round_seconds(
+    costs: Sequence[StageCost], links: Sequence[LinkCost], back: LinkCost | None, requests: int
+) -> float:
+    suffix = NOTHING
+    for index in range(len(costs) - 1, -1, -1):
+        if index < len(links):
+            suffix = round_behind(suffix, links[index], requests)
+        suffix = round_before(suffix, costs[index].forward + costs[index].backward, requests)
+    return round_seconds(suffix, back, requests)
 
 
-def _pipelines(
+def _in_few_orders(
     work: Workload, devices: Sequence[PlanDevice], owner: DeviceId, *, use_all: bool
 ) -> _Pipelines:
     """Devices, and which of them may stand at each place: the shorter pipelines first."""
     ranked = _ranked(work, devices, owner)
     spacious = _spacious(ranked)
     sizes = [len(ranked)] if use_all else list(_sizes(min(len(ranked), work.layers)))
-    # a good one soon leaves little to search
     for size in sizes:
         for some in _distinct(ranked[:size], spacious[:size]):
             for order in _distinct([some[0], *sorted(some[1:], key=_by_memory)],
                                    sorted(some, key=_by_memory)):  # fmt: skip
                 yield order, [[place] for place in range(size)]
-    for size in sizes:
-        if size <= EXACT_DEVICES:
-            yield from _exact(ranked, size)
 
 
 def _exact(ranked: list[PlanDevice], size: int) -> _Pipelines:

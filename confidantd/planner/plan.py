@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from confidantd.errors import DeviceError, DoesNotFitError
 from confidantd.ids import DeviceId
 from confidantd.planner.costs import PlanDevice, link_cost, stage_cost
+from confidantd.planner.ends import MOST_COST, both_ends
+from confidantd.planner.explain import Alternative, Explanation, Recomputing, explain
 from confidantd.planner.memory import stage_memory
-from confidantd.planner.partition import (
-    Partition,
-    alternatives,
-    best_partition,
-    fixed_partition,
-    predicted_seconds,
-)
-from confidantd.planner.simulate import simulate
+from confidantd.planner.microbatches import Cut, OtherCount, best_cut
+from confidantd.planner.partition import Partition, alternatives, best_partition
+from confidantd.planner.score import best_simulated, simulated_seconds
+from confidantd.planner.shortfall import does_not_fit
+from confidantd.planner.simulate import LinkCost
 from confidantd.planner.workload import Form, Workload
+from confidantd.wire.jobs import OwnerEnds
 from confidantd.wire.stage import BackendShare
 
 MEGABYTE = 1_000_000
-MOST_ALTERNATIVES = 2
-LORA_GUESS = 64  # adapter weights per unit of width: rank 8 on four square projections
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +67,11 @@ class LinkPlan:
     seconds: float
     sending_seconds: float = 0.0
 
+    @property
+    def cost(self) -> LinkCost:
+        """As the simulator takes it."""
+        return LinkCost(self.sending_seconds, self.seconds - self.sending_seconds)
+
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
@@ -80,20 +83,12 @@ class LeftOut:
 
 
 @dataclass(frozen=True, slots=True)
-class Alternative:
-    """Another plan that would do: names of its devices in order, their layers, its seconds."""
-
-    devices: tuple[str, ...]
-    layers: tuple[int, ...]
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
-    """The whole plan; `seconds` is predicted for a step (training) or a token (generation).
+    """The whole plan; `seconds` is predicted for a step (training), or for one token of each of
+    `requests` (generation).
 
-    `microbatches` is 1 in generation. `kept_seconds`: what the stages of now would take, where
-    a job runs already.
+    `microbatches` is 1 in generation, of `microbatch_size` sequences of `sequence_length`
+    tokens. `kept_seconds`: what the stages of now would take, where a job runs already.
     """
 
     model: str
@@ -104,9 +99,17 @@ class Plan:
     seconds: float
     tokens_per_second: float
     microbatches: int = 1
-    alternatives: tuple[Alternative, ...] = ()
+    microbatch_size: int = 1
+    sequence_length: int = 0
+    requests: int = 1
+    explanation: Explanation = field(default_factory=Explanation)
     kept_seconds: float | None = None
     standstill_seconds: float = 0.0  # until it could replace them
+
+    def holders(self) -> list[int]:
+        """For each stage the first one on its device."""
+        devices = [stage.device for stage in self.stages]
+        return [devices.index(device) for device in devices]
 
     def to_json(self) -> dict[str, Any]:
         """The object of the command-line contract."""
@@ -125,10 +128,10 @@ class Plan:
                 for k in self.links
             ],
             "microbatches": self.microbatches,
-            "alternatives": [
-                {"devices": list(a.devices), "layers": list(a.layers), "seconds": a.seconds}
-                for a in self.alternatives
-            ],
+            "microbatch_size": self.microbatch_size,
+            "sequence_length": self.sequence_length,
+            "load": self.requests,
+            **_explanation_json(self.explanation),
             "left_out": [
                 {"device": d.device, "name": d.name, "reason": d.reason} for d in self.left_out
             ],
@@ -146,36 +149,93 @@ def make_plan(
     *,
     use_all: bool = False,
     layers: tuple[int, ...] = (),
+    ends: OwnerEnds = "never",
     explain: bool = False,
+) -> Plan:
+    """The plan for one way to cut the batch, as `choose_plan` makes it."""
+    cuts = (Cut(work, tuple(devices)),)
+    return choose_plan(cuts, owner, use_all=use_all, layers=layers, ends=ends, explained=explain)
+
+
+def choose_plan(
+    cuts: Sequence[Cut],
+    owner: DeviceId,
+    *,
+    count: int = 0,
+    use_all: bool = False,
+    layers: tuple[int, ...] = (),
+    ends: OwnerEnds = "never",
+    explained: bool = False,
 ) -> Plan:
     """The fastest plan that fits; `DoesNotFitError` names each device's shortfall.
 
-    With `layers` each of `devices` gets as many, in their order. With `explain` it comes with
-    the next-best ones, which takes longer.
+    `cuts` have the same devices. With a `count` the batch is cut into so many microbatches, and
+    the other ones are only for comparison. With `layers` each device gets as many, in their
+    order. `ends`: whether the owner holds both ends of the model; `auto` if that costs
+    little. With `explained` it says what its choices cost, which takes longer.
     """
+    work, devices = cuts[0].work, cuts[0].devices
     if use_all and len(devices) > work.layers:
         raise DeviceError(
             f"{len(devices)} devices cannot share {work.layers} layers", "name fewer devices"
         )
-    if layers:
-        found = fixed_partition(work, devices, layers)
-    else:
-        found = best_partition(work, devices, owner, use_all=use_all)
-    if found is None:
-        raise _does_not_fit(work, devices, use_all=use_all)
-    tokens = work.tokens * work.microbatches if work.method else 1
-    stages = _stages(work, found)
-    seconds = _seconds(work, found, [stage.form for stage in stages])
+    possible = [cut for cut in cuts if count in (0, cut.work.microbatches)]
+    best = best_cut(possible, owner, use_all=use_all, layers=layers)
+    if best is None:
+        least = max(possible, key=lambda cut: cut.work.microbatches)
+        raise does_not_fit(least.work, devices, owner, use_all=use_all)
+    chosen, found = best
+    rivals = _rivals(chosen, found, owner, use_all=use_all, layers=layers, explained=explained)
+    if not use_all and not layers:
+        found, rivals = best_simulated(chosen.work, found, rivals, owner)
+    if not layers:
+        straight = found
+        found = _with_ends(chosen.work, chosen.devices, owner, straight, ends, use_all=use_all)
+        rivals = [straight, *rivals] if found is not straight else rivals
+    stages = _stages(chosen.work, found)
+    running = replace(found, forms=tuple(stage.form for stage in stages))
+    plan = _plan(chosen, running, stages)
+    if not explained:
+        return plan
+    providers = [len(stage.unmeasured) for stage in stages]
+    said = explain(
+        chosen, running, providers, owner, cuts, rivals,
+        insists=use_all or bool(layers), layers=layers,
+    )  # fmt: skip
+    return replace(plan, explanation=said)
+
+
+def _rivals(
+    chosen: Cut,
+    found: Partition,
+    owner: DeviceId,
+    *,
+    use_all: bool,
+    layers: Sequence[int],
+    explained: bool,
+) -> list[Partition]:
+    """Partitions that are compared with the one that was found: to choose, or only to show."""
+    if layers or (use_all and not explained):
+        return []
+    return alternatives(chosen.work, chosen.devices, owner, found, however_slow=explained)
+
+
+def _plan(chosen: Cut, found: Partition, stages: tuple[StagePlan, ...]) -> Plan:
+    work = chosen.work
+    seconds = simulated_seconds(work, found)
+    tokens = work.tokens * work.microbatches if work.method else work.requests
     return Plan(
         model=work.model,
-        objective="train" if work.method else "generate",
+        objective="train" if work.method else "serve" if work.load else "generate",
         stages=stages,
         links=_links(work, found),
-        left_out=_left_out(work, devices, found),
+        left_out=_left_out(work, chosen.devices, found, seconds),
         seconds=seconds,
         tokens_per_second=tokens / seconds,
         microbatches=work.microbatches if work.method else 1,
-        alternatives=_alternatives(work, devices, owner, found) if explain and not layers else (),
+        microbatch_size=work.microbatch_size if work.method else 1,
+        sequence_length=work.sequence_length,
+        requests=work.requests,
     )
 
 
@@ -183,55 +243,88 @@ def seconds_of(
     work: Workload, devices: Sequence[PlanDevice], layers: Sequence[int], forms: Sequence[Form]
 ) -> float:
     """Of a step (or a token) with these stages."""
-    found = Partition(tuple(devices), tuple(layers), tuple(forms), 0.0)
-    return _seconds(work, found, forms)
+    return simulated_seconds(work, Partition(tuple(devices), tuple(layers), tuple(forms), 0.0))
 
 
-def _alternatives(
-    work: Workload, devices: Sequence[PlanDevice], owner: DeviceId, found: Partition
-) -> tuple[Alternative, ...]:
-    others = alternatives(work, devices, owner, found)[:MOST_ALTERNATIVES]
-    return tuple(
-        Alternative(
-            tuple(device.name for device in other.devices),
-            other.layers,
-            _seconds(work, other, other.forms),
+def _with_ends(
+    work: Workload,
+    devices: Sequence[PlanDevice],
+    owner: DeviceId,
+    best: Partition,
+    ends: OwnerEnds,
+    *,
+    use_all: bool,
+) -> Partition:
+    """The best partition, or the one in which the owner keeps both ends.
+
+    Two stages on one device run on its CPU only: an owner with more than that is only asked
+    to if the user insists.
+    """
+    if ends == "never" or work.method is None:
+        return best
+    here = next((device for device in devices if device.id == owner), None)
+    if ends == "always":
+        return _ends_here(work, devices, here, best, use_all=use_all)
+    if len(best.devices) == 1 or here is None or (work.splits and len(here.backends) > 1):
+        return best
+    ring = both_ends(work, devices, owner, best, use_all=use_all)
+    limit = (1 + MOST_COST) * simulated_seconds(work, best)
+    return best if ring is None or ring.seconds > limit else ring
+
+
+def _ends_here(
+    work: Workload,
+    devices: Sequence[PlanDevice],
+    here: PlanDevice | None,
+    best: Partition,
+    *,
+    use_all: bool,
+) -> Partition:
+    """The fastest of what a user who insists on both ends here may get: a ring, or this alone."""
+    if here is None:
+        raise DeviceError(
+            "this device takes no part, and --owner-ends always keeps both ends on it",
+            "name it in --devices, or leave --owner-ends away",
         )
-        for other in others
-    )
-
-
-def _seconds(work: Workload, found: Partition, forms: Sequence[Form]) -> float:
-    """Of a step as simulated, or of a token."""
-    if work.method is None:
-        return predicted_seconds(work, found.devices, found.layers)
-    last = len(found.devices) - 1
-    stages = [
-        stage_cost(work, device, layers, head=index == last, embedding=index == 0, form=form)
-        for index, (device, layers, form) in enumerate(
-            zip(found.devices, found.layers, forms, strict=True)
+    found = both_ends(work, devices, here.id, best, use_all=use_all)
+    rings = [] if found is None else [found]
+    if not use_all or len(devices) == 1:
+        alone = best_partition(work, [here], here.id, use_all=True)
+        rings += [] if alone is None else [alone]
+    if not rings:
+        raise DoesNotFitError(
+            "both ends of the model do not fit on this device beside the others",
+            "free memory here, or leave --owner-ends away",
         )
-    ]
-    links = [link_cost(work, a, b) for a, b in itertools.pairwise(found.devices)]
-    return simulate(stages, links, work.microbatches).seconds
+    return min(rings, key=lambda one: simulated_seconds(work, one))
 
 
 def _stages(work: Workload, found: Partition) -> tuple[StagePlan, ...]:
-    ends = [0, *itertools.accumulate(found.layers)]
-    return tuple(_stage(work, found, index, first) for index, first in enumerate(ends[:-1]))
+    starts = [0, *itertools.accumulate(found.layers)]
+    stages: list[StagePlan] = []
+    for index, first in enumerate(starts[:-1]):
+        device = found.devices[index].id
+        taken = sum(stage.memory_bytes for stage in stages if stage.device == device)
+        stages.append(_stage(work, found, index, first, taken))
+    return tuple(stages)
 
 
-def _stage(work: Workload, found: Partition, index: int, first: int) -> StagePlan:
-    """The fastest of `_ways` that fits; the last one does, or there would be no partition."""
+def _stage(work: Workload, found: Partition, index: int, first: int, taken: int) -> StagePlan:
+    """The fastest of `_ways` that fits beside the `taken` memory of another stage there; the
+    last one does, or there would be no partition. A device with two stages is planned so.
+    """
     device, layers, stages = found.devices[index], found.layers[index], len(found.devices)
     embedding, head = index == 0, index == stages - 1
-    others = device.backends[1:] if work.splits else ()
-    for form, providers in _ways(len(others)):
+    twice = sum(d.id == device.id for d in found.devices) > 1
+    others = device.backends[1:] if work.splits and not twice else ()
+    room = device.available_bytes - taken
+    ways = ((found.forms[index], 0),) if twice else _ways(len(others))
+    for form, providers in ways:
         memory = stage_memory(
             work, layers, embedding=embedding, head=head, stage=index, stages=stages, form=form,
             providers=providers,
         ).total  # fmt: skip
-        if memory <= device.available_bytes:
+        if memory <= room:
             break
     cost = stage_cost(work, device, layers, head=head, embedding=embedding, form=form)
     return StagePlan(
@@ -242,7 +335,7 @@ def _stage(work: Workload, found: Partition, index: int, first: int) -> StagePla
         embedding=embedding,
         head=head,
         memory_bytes=memory,
-        available_bytes=device.available_bytes,
+        available_bytes=room,
         seconds=cost.forward + cost.backward,
         heads=work.heads,
         columns=work.columns,
@@ -264,7 +357,7 @@ def _ways(others: int) -> tuple[tuple[Form, int], ...]:
 
 
 def _links(work: Workload, found: Partition) -> tuple[LinkPlan, ...]:
-    ways = 2 * work.microbatches if work.method else 1
+    ways = 2 * work.microbatches if work.method else work.requests
     return tuple(
         LinkPlan(a.id, b.id, ways * work.activation_bytes, k.seconds + k.latency, k.seconds)
         for a, b in itertools.pairwise(found.devices)
@@ -273,68 +366,37 @@ def _links(work: Workload, found: Partition) -> tuple[LinkPlan, ...]:
 
 
 def _left_out(
-    work: Workload, devices: Sequence[PlanDevice], found: Partition
+    work: Workload, devices: Sequence[PlanDevice], found: Partition, seconds: float
 ) -> tuple[LeftOut, ...]:
     """Why each unused device is not used: too little memory, or it would not help."""
     used = {device.id for device in found.devices}
     return tuple(
-        LeftOut(d.id, d.name, _reason(work, d, found)) for d in devices if d.id not in used
+        LeftOut(d.id, d.name, _reason(work, d, seconds)) for d in devices if d.id not in used
     )
 
 
-def _reason(work: Workload, device: PlanDevice, found: Partition) -> str:
+def _reason(work: Workload, device: PlanDevice, seconds: float) -> str:
     least = stage_memory(work, 1, embedding=False, head=False, stage=1, stages=3).total
     if device.available_bytes < least:
         short = (least - device.available_bytes) / MEGABYTE
         return f"one layer needs {short:.0f} MB more memory than it has"
+    if work.load:
+        return "with it there would be fewer tokens a second"
     verb = "step" if work.method else "token"
-    return f"with it a {verb} would take longer than {found.seconds:.3g} s"
+    return f"with it a {verb} would take longer than {seconds:.3g} s"
 
 
-def _does_not_fit(
-    work: Workload, devices: Sequence[PlanDevice], *, use_all: bool
-) -> DoesNotFitError:
-    """Each device's memory against an equal share of the model, and what would help."""
-    count = min(len(devices), work.layers)
-    share = -(-work.layers // count)
-    shortfalls = []
-    for index, device in enumerate(devices):
-        stage = min(index, count - 1)
-        need = stage_memory(
-            work, share, embedding=stage == 0, head=stage == count - 1, stage=stage, stages=count
-        ).total
-        short = need - device.available_bytes
-        state = f"is {short / MEGABYTE:.0f} MB short of" if short > 0 else "has"
-        shortfalls.append(f"{device.name} {state} the {need / MEGABYTE:.0f} MB for its share")
-    verb = "training" if work.method else "running"
-    return DoesNotFitError(
-        f"{verb} {work.model} does not fit: {'; '.join(shortfalls)}",
-        _what_would_fit(work, devices, use_all=use_all),
-    )
+def _explanation_json(said: Explanation) -> dict[str, Any]:
+    return {
+        "alternatives": [_plain(other) for other in said.alternatives],
+        "faster": None if said.faster is None else _plain(said.faster),
+        "recomputing": [_plain(stage) for stage in said.recomputing],
+        "other_microbatches": [_plain(other) for other in said.other_counts],
+    }
 
 
-def _what_would_fit(work: Workload, devices: Sequence[PlanDevice], *, use_all: bool) -> str:
-    """The changes that were tried and fit these devices; without any, more memory is needed."""
-
-    def fits(changed: Workload, *, all_of_them: bool = use_all) -> bool:
-        return best_partition(changed, devices, devices[0].id, use_all=all_of_them) is not None
-
-    found = []
-    if use_all and len(devices) > 1 and fits(work, all_of_them=False):
-        found.append("fewer --devices")
-    one_row = replace(
-        work, microbatch_size=1, microbatches=work.microbatches * work.microbatch_size
-    )
-    if work.method is not None and work.microbatch_size > 1 and fits(one_row):
-        found.append(f"--microbatches {one_row.microbatches}")
-    lora = replace(work, method="lora", block_adapter=LORA_GUESS * work.hidden)
-    if work.method == "full" and fits(lora):
-        found.append("--method lora")
-    if found:
-        return "it fits with " + " or ".join(found)
-    if work.method is None:
-        return "pair another device, or free memory on these"
-    return "pair another device, free memory on these, or lower --sequence-length"
+def _plain(fact: Alternative | Recomputing | OtherCount) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(fact).items()}
 
 
 def _stage_json(stage: StagePlan) -> dict[str, Any]:

@@ -7,12 +7,15 @@ what it would plan now; the job moves if that gains enough for the steps that ar
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from confidantd.ids import DeviceId
 from confidantd.planner.costs import ASSUMED_MBPS, PlanDevice
 from confidantd.planner.drift import Drift
+from confidantd.planner.simulate import LinkCost, StageCost, simulate
 from confidantd.planner.workload import FLOAT_BYTES, Workload
 
 HYSTERESIS = 0.08  # the least gain for which a job moves: two plans that tie would alternate
@@ -22,9 +25,32 @@ STANDSTILL_SECONDS = 3.0  # a move without data: offers, new links, a worker tha
 STATE_FLOATS = {"full": 3, "lora": 1, None: 1}  # of a parameter that moves, with its moments
 
 
+LINKS = "links"  # beside the stages: what the step takes over what it would with such stages
+LEAST_LEFT_SECONDS = 2 * STANDSTILL_SECONDS  # of a job; with less to go it stays as it is
+
+
+def with_links(
+    planned: Mapping[str, float],
+    stages: Sequence[StageCost],
+    links: Sequence[LinkCost],
+    microbatches: int,
+    step_seconds: float,
+    holders: Sequence[int],
+) -> dict[str, float]:
+    """Measured seconds of stages and, as `LINKS`, how many times as long the step took as it
+    does with these stages over the planned links.
+    """
+    simulated = simulate(stages, links, microbatches, holders=holders).seconds
+    seconds = [stage.forward + stage.backward for stage in stages]
+    found = dict(zip((name for name in planned if name != LINKS), seconds, strict=True))
+    return {**found, LINKS: step_seconds / max(simulated, 1e-9)}
+
+
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """What was planned for each stage (seconds of a microbatch) and how it drifts."""
+    """What was planned for each stage (seconds of a microbatch) and for the links (1: the step
+    takes what it would with such stages), and how that drifts.
+    """
 
     planned: Mapping[str, float]
     drift: Drift = field(default_factory=Drift)
@@ -40,6 +66,13 @@ class Watch:
     def due(self) -> bool:
         """Whether it is time to ask for another plan."""
         return self.drift.lasting and self.pause == 0
+
+    @property
+    def farthest(self) -> str:
+        """The stage that is farthest from its plan, or `LINKS`, beside the others."""
+        ratios = self.drift.ratios
+        middle = statistics.median(ratios.values())
+        return max(ratios, key=lambda name: abs(math.log(ratios[name] / middle)))
 
     def stays(self) -> Watch:
         """The plan of now is still the best: the drift is what is normal from here on."""

@@ -16,7 +16,16 @@ from dataclasses import dataclass
 
 from confidantd.planner.costs import PlanDevice, stage_seconds
 from confidantd.planner.options import Option, Options
-from confidantd.planner.pace import NOTHING, Suffix, before, behind, step_seconds
+from confidantd.planner.pace import (
+    NOTHING,
+    Suffix,
+    before,
+    behind,
+    round_before,
+    round_behind,
+    round_seconds,
+    step_seconds,
+)
 from confidantd.planner.workload import Form, Workload
 from confidantd.schedule.one_f_one_b import in_flight
 
@@ -26,7 +35,7 @@ TIE = 1e-10  # relative; times closer than this are rounding
 @dataclass(slots=True)  # not frozen: thousands are made, and that takes three times as long
 class Label:
     """The end of a pipeline: used devices (bits), the one in front and the last one, layers so
-    far, and times; in generation only `suffix.there` counts.
+    far, and times.
     """
 
     used: int
@@ -69,7 +78,7 @@ class Search:
         self._choices = choices
         self._factors = factors
         self._generates = work.method is None
-        self._microbatches = 1 if self._generates else work.microbatches
+        self._count = work.requests if self._generates else work.microbatches
         self._each = [stage_seconds(work, d, 1, head=False) for d in devices]
         self._least_link = self._shortest_way(len(devices))
         self._most = [0] * len(devices)
@@ -110,12 +119,12 @@ class Search:
 
     def _seconds(self, label: Label) -> float:
         """Weighted seconds of a whole pipeline; a token goes back to the first stage."""
-        seconds = step_seconds(label.suffix, self._microbatches)
         if self._generates:
-            seconds = label.suffix.there
-            if label.last != label.front:
-                back = self._options.link(label.last, label.front)
-                seconds += back.seconds + back.latency
+            ends = label.last, label.front
+            back = None if label.last == label.front else self._options.link(*ends)
+            seconds = round_seconds(label.suffix, back, self._count)
+        else:
+            seconds = step_seconds(label.suffix, self._count)
         return seconds * self._factors[label.front]
 
     def _extended(
@@ -143,7 +152,8 @@ class Search:
             left = self._work.layers - later - count
             if left > most_left:
                 continue
-            least = max(found.done + ways + left * each, self._microbatches * left * pace)
+            onward = found.there if self._generates else found.done
+            least = max(found.done, onward + ways + left * each, self._count * left * pace)
             if least * factor < enough:
                 yield Label(
                     used, device, last, later + count, found, squares + count * count, after,
@@ -154,17 +164,14 @@ class Search:
         if after is None:
             return NOTHING
         link = self._options.link(device, after.front)
-        if not self._generates:
-            return behind(after.suffix, link, self._microbatches)
-        there = after.suffix.there + link.seconds + link.latency
-        return Suffix(there, there, 0.0)
+        seen = round_behind if self._generates else behind
+        return seen(after.suffix, link, self._count)
 
     def _put(self, option: Option, suffix: Suffix, place: int) -> Suffix:
         if self._generates:
-            there = suffix.there + option.seconds
-            return Suffix(there, there, 0.0)
-        flying = in_flight(place, self._stages, self._microbatches)
-        return before(suffix, option.forward, option.seconds, flying, self._microbatches)
+            return round_before(suffix, option.seconds, self._count)
+        flying = in_flight(place, self._stages, self._count)
+        return before(suffix, option.forward, option.seconds, flying, self._count)
 
     def _least_factor(self, used: int, device: int, place: int) -> float:
         """What the time will count times at least, whoever comes to be first."""

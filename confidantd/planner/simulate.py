@@ -71,14 +71,17 @@ def simulate(
     links: Sequence[LinkCost],
     microbatches: int,
     schedule: Schedule = actions,
+    holders: Sequence[int] = (),
 ) -> Simulation:
     """One step of `stages`, with `links[i]` between stage i and i + 1.
 
-    DeadlockError if the schedule never ends.
+    `holders`: the device of each stage, where one holds several, which then share its
+    processor and its radio. DeadlockError if the schedule never ends.
     """
     if len(links) != len(stages) - 1:
         raise ValueError(f"{len(stages)} stages have {len(stages) - 1} links, not {len(links)}")
-    run = _Run(stages, links, [schedule(i, len(stages), microbatches) for i in range(len(stages))])
+    schedules = [schedule(i, len(stages), microbatches) for i in range(len(stages))]
+    run = _Run(stages, links, schedules, holders or range(len(stages)))
     return run.to_the_end()
 
 
@@ -92,11 +95,15 @@ class _Run:
         stages: Sequence[StageCost],
         links: Sequence[LinkCost],
         schedules: Sequence[tuple[Action, ...]],
+        holders: Sequence[int],
     ) -> None:
+        self._holders = holders
+        self._free = dict.fromkeys(holders, 0.0)  # when each device's processor is
         self._stages, self._links = stages, links
         self._left = [deque(schedule) for schedule in schedules]
         self._now = [0.0] * len(stages)
-        self._uplink_free, self._downlink_free = [0.0] * len(stages), [0.0] * len(stages)
+        self._uplink_free = dict.fromkeys(holders, 0.0)
+        self._downlink_free = dict.fromkeys(holders, 0.0)
         self._arrived: dict[_Frame, float] = {}
         self._spans: list[Span] = []
 
@@ -120,8 +127,10 @@ class _Run:
             if not left or left[0].kind is ActionKind.STEP:
                 continue
             action = left[0]
-            if action.kind not in _RECEIVES:
+            if action.kind in _ARRIVES_AS:
                 yield self._now[stage], stage
+            elif action.kind not in _RECEIVES:
+                yield max(self._now[stage], self._free[self._holders[stage]]), stage
             elif (stage, action.kind, action.microbatch) in self._arrived:
                 there = self._arrived[stage, action.kind, action.microbatch]
                 yield max(self._now[stage], there), stage
@@ -149,8 +158,8 @@ class _Run:
             ActionKind.BACKWARD: cost.backward,
             ActionKind.STEP: cost.update,
         }[action.kind]
-        start = self._now[stage]
-        self._now[stage] = start + seconds
+        start = max(self._now[stage], self._free[self._holders[stage]])
+        self._now[stage] = self._free[self._holders[stage]] = start + seconds
         self._spans.append(Span(stage, action.kind, action.microbatch, start, start + seconds))
 
     def _send(self, stage: int, action: Action) -> None:
@@ -158,7 +167,8 @@ class _Run:
         step, receive = _ARRIVES_AS[action.kind]
         target = stage + step
         link = self._links[min(stage, target)]
-        begins = max(self._now[stage], self._uplink_free[stage], self._downlink_free[target])
+        sender, receiver = self._holders[stage], self._holders[target]
+        begins = max(self._now[stage], self._uplink_free[sender], self._downlink_free[receiver])
         ends = begins + link.seconds
-        self._uplink_free[stage] = self._downlink_free[target] = ends
+        self._uplink_free[sender] = self._downlink_free[receiver] = ends
         self._arrived[target, receive, action.microbatch] = ends + link.latency

@@ -41,6 +41,22 @@ def scaled(speeds: Speeds, ratio: float) -> Speeds:
     return Speeds(head=head, **{name: getattr(speeds, name) * ratio for name in _SECONDS})
 
 
+def resized(speeds: Speeds, measured_at: Speeds, wanted_at: Speeds) -> Speeds:
+    """Speeds for microbatches of another size, where a device measured none of that size.
+
+    They change as those do that any device is assumed to have: `measured_at` the one size and
+    `wanted_at` the other.
+    """
+    found = {}
+    for name in _SECONDS:
+        before, after = getattr(measured_at, name), getattr(wanted_at, name)
+        found[name] = getattr(speeds, name) * (after / before if before > 0 else 1.0)
+    head = speeds.head
+    if head is not None and measured_at.head and wanted_at.head:
+        head *= wanted_at.head / measured_at.head
+    return Speeds(head=head, **found)
+
+
 def corrected(speeds: Speeds, predicted: float, measured: float, steps: int) -> Speeds:
     """After a step in which a stage took `measured` seconds instead of `predicted` by these.
 

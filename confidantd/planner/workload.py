@@ -23,7 +23,8 @@ class Workload:
     `block_adapter` counts LoRA weights of one block. `sequence_length` S is the
     training length, or prompt plus new tokens. `tied`: head and embedding share a table.
     `saved_floats` is what one block keeps of one microbatch in the saved form. `splits`:
-    its blocks are large enough for a device's backends to share them out.
+    its blocks are large enough for a device's backends to share them out. `load`: so many
+    requests are served at once, each as long as `sequence_length`; 0 is one that is generated.
     """
 
     model: str
@@ -45,11 +46,17 @@ class Workload:
     method: Method | None
     saved_floats: int = 0
     splits: bool = False
+    load: int = 0
 
     @property
     def tokens(self) -> int:
         """Tokens in one microbatch."""
         return self.microbatch_size * self.sequence_length
+
+    @property
+    def requests(self) -> int:
+        """Sequences that are generated at the same time."""
+        return max(1, self.load)
 
     @property
     def activation_bytes(self) -> int:

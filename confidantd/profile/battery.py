@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +19,7 @@ import psutil
 from confidantd.profile.temperature import plausible
 
 TERMUX_COMMAND = "termux-battery-status"
+LEFT_SECONDS = 0.5  # for what an ended command has printed
 COMMAND_SECONDS = 5.0  # it hangs where the Termux:API app is missing
 KEPT_SECONDS = 60.0  # a battery changes by less than one percent in that time
 
@@ -73,10 +77,9 @@ class BatteryCommand:
         if process.poll() is None:
             if now - self._started < COMMAND_SECONDS:
                 return
-            process.kill()
-        output, _ = process.communicate()
+            _kill_all(process)
         self._process = None
-        self._battery = parse_battery(output)
+        self._battery = parse_battery(_output(process))
 
 
 def parse_battery(output: bytes) -> Battery:
@@ -96,6 +99,24 @@ def parse_battery(output: bytes) -> Battery:
     return Battery(charging, percent, plausible(celsius))
 
 
+def _kill_all(process: subprocess.Popen[bytes]) -> None:
+    """With what it started: it may be a script."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _output(process: subprocess.Popen[bytes]) -> bytes:
+    """Of a command that has ended; nothing if what it left behind keeps its output open."""
+    try:
+        output, _ = process.communicate(timeout=LEFT_SECONDS)
+    except subprocess.TimeoutExpired:
+        _kill_all(process)
+        if process.stdout is not None:
+            process.stdout.close()
+        return b""
+    return output
+
+
 def _started(command: Sequence[str]) -> subprocess.Popen[bytes] | None:
     try:
         return subprocess.Popen(  # noqa: S603  # a fixed command, found on the path
@@ -103,6 +124,7 @@ def _started(command: Sequence[str]) -> subprocess.Popen[bytes] | None:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
     except OSError:
         return None

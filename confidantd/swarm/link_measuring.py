@@ -35,19 +35,21 @@ class LinkMeasuring:
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             device = self._schedule.next(self._candidates(), self._now())
-            if device is not None:
-                await self._measure(device)
+            if device is None:
+                continue
+            try:
+                await self.measure(device)
+            except ConfidantError as failure:
+                _log.debug("the link to %s is not measured now: %s", short_id(device), failure)
+                self._schedule.failed(device, self._now())
 
-    async def _measure(self, device: DeviceId) -> None:
-        try:
-            mbps = await self._network.measure_link(device)
-        except ConfidantError as failure:
-            _log.debug("the link to %s is not measured now: %s", short_id(device), failure)
-            self._schedule.failed(device, self._now())
-            return
+    async def measure(self, device: DeviceId) -> float:
+        """Mbit/s of one link, now; ConfidantError if it cannot be measured."""
+        mbps = await self._network.measure_link(device)
         _log.info("the link to %s carries %.3g Mbit/s", short_id(device), mbps)
         self._schedule.measured(device, self._now(), len(self._membership.members))
         self._membership.set_link(device, mbps)
+        return mbps
 
     def _transferred(self, device: DeviceId, mbps: float) -> None:
         member = self._membership.members.get(device)

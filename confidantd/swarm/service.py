@@ -127,6 +127,10 @@ class Swarm:
         found = (link.mbps for link in self._membership.links().values())
         return max((mbps for mbps in found if mbps is not None), default=None)
 
+    async def measure_link(self, device: DeviceId) -> float:
+        """Mbit/s of the link to a member, measured now; ConfidantError if that cannot be."""
+        return await self._measuring.measure(device)
+
     def on_change(self, listener: Listener) -> None:
         """Call when a state, the coordinator or the conflict changes."""
         self._listeners.append(listener)

@@ -6,8 +6,9 @@
 | `job.negotiate` | owner | coordinator | `PlanRequest` -> plan that every device accepted |
 | `stage.offer` | coordinator | device | `Offer` -> `OfferAnswer` |
 | `stage.backends` | coordinator | device | `BackendsQuestion` -> `BackendsAnswer` |
-| `device.speeds` | coordinator | device | `SpeedsQuestion` -> `SpeedsAnswer` |
+| `device.speeds` | coordinator | device | `SpeedsQuestion` -> `KnownSpeeds` |
 | `device.measure` | owner | device | `Measure` -> `SpeedsAnswer` |
+| `device.link` | owner | device | `MeasureLink` -> `LinkAnswer` |
 | `stage.withdraw` | coordinator | device | `StopStage`: the final plan does not use the offer |
 | `stage.start` | owner | device | `StageAssignment` -> `StageStarted` |
 | `stage.command` | owner | device | `StageCommand` |
@@ -27,7 +28,9 @@ from confidantd.models.spec import Form, LoraSpec, Method, ModelSpec, ProgramReq
 from confidantd.wire.speeds import Speeds
 from confidantd.wire.stage import BackendShare, ProgramEntry
 
-Objective = Literal["train", "generate"]
+Objective = Literal["train", "generate", "serve"]
+OwnerEnds = Literal["auto", "always", "never"]
+MAX_SHAPES = 32  # in one question about speeds; a batch has fewer cuts that are compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +44,39 @@ class CurrentStage:
 
 
 @dataclass(frozen=True, slots=True)
+class LinkSeen:
+    """What a job has measured of the link between two devices; it counts instead of what else
+    is known.
+    """
+
+    source: DeviceId
+    target: DeviceId
+    mbps: float
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureLink:
+    """Measure the link to `target` now."""
+
+    target: DeviceId
+
+
+@dataclass(frozen=True, slots=True)
+class LinkAnswer:
+    """Its bandwidth; None if it cannot be measured now."""
+
+    mbps: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class PlanRequest:
     """What a plan depends on. `devices` are names or ids that must all be used; empty: any.
 
     `sequence_length` is the training length, or prompt plus new tokens for generation.
+    `microbatches` 0: the planner's choice. `load`: requests at once that are served.
     `layers`: how many each of `devices` gets, in order; empty: the planner's choice.
+    `owner_ends`: whether the owner holds both embedding and head: `auto`, if it costs little.
+    `explain`: the plan shall say what its choices cost.
     `current` are the stages of a job that runs already: their memory is the job's to use.
     `without` are devices that cannot hold a stage of this job, with the reason.
     """
@@ -62,8 +93,12 @@ class PlanRequest:
     sequence_length: int
     devices: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
+    owner_ends: OwnerEnds = "auto"
     current: tuple[CurrentStage, ...] = ()
     without: dict[DeviceId, str] = field(default_factory=dict)
+    links: tuple[LinkSeen, ...] = ()
+    load: int = 0
+    explain: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +156,16 @@ class BackendsAnswer:
 
 @dataclass(frozen=True, slots=True)
 class SpeedsQuestion:
-    """How fast a device is with blocks of these programs' shape."""
+    """How fast a device is with blocks of each of these programs' shapes."""
 
-    request: ProgramRequest
+    requests: tuple[ProgramRequest, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KnownSpeeds:
+    """What is known of each shape that was asked for, in order; None where nothing is."""
+
+    speeds: tuple[Speeds | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +179,7 @@ class Measure:
 
 @dataclass(frozen=True, slots=True)
 class SpeedsAnswer:
-    """What is known; None if nothing was measured, with the reason if that failed."""
+    """What was measured; None if that failed, with the reason."""
 
     speeds: Speeds | None
     reason: str = ""

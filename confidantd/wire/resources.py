@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 MAX_REASON_CHARACTERS = 200
+MOST = 1e18  # bytes, or GFLOP/s: no device has more
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,11 @@ class Resources:
 
 def believable(found: Resources) -> bool:
     """Whether what a peer says of its condition can be shown and kept."""
-    celsius = found.temperature_celsius
-    return len(found.refuses) <= MAX_REASON_CHARACTERS and (
-        celsius is None or math.isfinite(celsius)
+    celsius, mbps = found.temperature_celsius, found.bandwidth_mbps
+    amounts = (found.memory_bytes, found.available_bytes, found.granted_bytes, found.gflops)
+    return (
+        len(found.refuses) <= MAX_REASON_CHARACTERS
+        and (celsius is None or math.isfinite(celsius))
+        and (mbps is None or 0 < mbps < math.inf)
+        and all(0 <= amount < MOST for amount in amounts)
     )

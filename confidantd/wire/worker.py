@@ -40,8 +40,9 @@ class Load:
 
     `backends` are those to use, the CPU's first; `split` says whether they share blocks:
     where it is faster, always, or never; `split_file` is where this device remembers what
-    it measured of blocks of this shape. The worker ends itself when it uses more than
-    `memory_limit_bytes`, unless that is 0.
+    it measured of blocks of this shape. `turns_file`: with it this stage and another one of
+    the job on this device take turns at computing. The worker ends itself when it uses more
+    than `memory_limit_bytes`, unless that is 0.
     """
 
     assignment: StageAssignment
@@ -51,6 +52,7 @@ class Load:
     backends: tuple[str, ...] = ("cpu",)
     split: Split = "auto"
     split_file: str = ""
+    turns_file: str = ""
     memory_limit_bytes: int = 0
 
 
@@ -179,6 +181,11 @@ class StepDone:
     peak_memory_bytes: int
     backend_seconds: dict[str, float] = field(default_factory=dict)
     spans: tuple[StepSpan, ...] = ()
+
+    def mean_seconds(self, kind: Literal["forward", "backward"]) -> float:
+        """Of the forwards, or the backwards, of the step."""
+        found = [span.end - span.start for span in self.spans if span.kind == kind]
+        return sum(found) / max(len(found), 1)
 
     @property
     def computed_seconds(self) -> float:

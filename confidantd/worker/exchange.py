@@ -14,28 +14,39 @@ from numpy.typing import NDArray
 
 from confidantd.wire.frames import Frame, FrameKind
 from confidantd.worker.links import Links
+from confidantd.worker.turns import Turns
 
 _T = TypeVar("_T")
 
 
 class Exchange:
-    """One compute thread and the links of a stage; counts the seconds the thread was busy."""
+    """One compute thread and the links of a stage; counts the seconds the thread was busy.
 
-    def __init__(self, links: Links) -> None:
+    `last`: when its last work began and ended (`time.perf_counter`), without the wait for a
+    turn where another stage of the job is on this device.
+    """
+
+    def __init__(self, links: Links, turns_file: str = "") -> None:
         self.links = links
         self.busy_seconds = 0.0
+        self.last = (0.0, 0.0)
+        self._turns = Turns(turns_file)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
 
     async def compute(self, work: Callable[..., _T], *arguments: Any, **named: Any) -> _T:
         """Run `work(*arguments, **named)` on the compute thread."""
-        started = time.perf_counter()
-        try:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(
-                self._thread, functools.partial(work, *arguments, **named)
-            )
-        finally:
-            self.busy_seconds += time.perf_counter() - started
+        call = functools.partial(work, *arguments, **named)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._in_turn, call)
+
+    def _in_turn(self, call: Callable[[], _T]) -> _T:
+        with self._turns.turn():
+            started = time.perf_counter()
+            try:
+                return call()
+            finally:
+                self.last = started, time.perf_counter()
+                self.busy_seconds += self.last[1] - started
 
     async def send(
         self, stage: int, kind: FrameKind, step: int, microbatch: int, array: NDArray[Any]
@@ -67,6 +78,7 @@ class Exchange:
     def close(self) -> None:
         """End the compute thread after what it is doing now."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+        self._turns.close()
 
 
 def as_array(frame: Frame, payload: memoryview) -> NDArray[Any]:

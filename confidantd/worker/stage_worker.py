@@ -98,7 +98,7 @@ class StageWorker:
             raise ProtocolError("the first command of a worker must be Load")
         self._place, self._watch.limit_bytes = load.assignment, load.memory_limit_bytes
         self._watch.start()
-        exchange = Exchange(make_links(load))
+        exchange = Exchange(make_links(load), load.turns_file)
         try:
             self._pipe.send(Listening(await exchange.links.listen(load.hosts)))
             await self._serve(load, exchange)

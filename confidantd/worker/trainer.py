@@ -47,13 +47,11 @@ class Trainer:
         one_pass = TrainPass(place, self._stage, self._exchange, command.step, tokens)
         spans: list[StepSpan] = []
         for action in actions(place.stage, place.stages, place.microbatches):
-            began = time.perf_counter() - started
             if action.kind is not ActionKind.STEP:  # `_update` needs the whole pipeline
                 await one_pass.run(action)
             if action.kind in COMPUTED:
-                kind = COMPUTED[action.kind]
-                ended = time.perf_counter() - started
-                spans.append(StepSpan(kind, action.microbatch, began, ended))
+                began, ended = (at - started for at in self._exchange.last)
+                spans.append(StepSpan(COMPUTED[action.kind], action.microbatch, began, ended))
         loss = self._stage.loss() if place.spec.head else None
         began = time.perf_counter() - started
         norm = await self._update(command)

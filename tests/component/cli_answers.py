@@ -75,6 +75,36 @@ PLAN: dict[str, Any] = {
     "predicted": {"step_seconds": 1.7, "tokens_per_second": 602.4},
 }  # fmt: skip
 
+EXPLAINED: dict[str, Any] = {
+    **PLAN,
+    "microbatches": 4,
+    "microbatch_size": 2,
+    "sequence_length": 128,
+    "load": 1,
+    "stages": [{**stage, "measured": stage["name"] == "anna"} for stage in PLAN["stages"]],
+    "recomputing": [
+        {"device": BEN, "name": "ben", "short_bytes": 31 * 10**7, "seconds": 1.7 / 1.12},
+    ],
+    "other_microbatches": [
+        {"microbatches": 2, "seconds": None}, {"microbatches": 8, "seconds": 1.7 * 1.05},
+    ],
+    "alternatives": [
+        {"devices": ["ben", "cleo"], "layers": [6, 6], "seconds": 1.65, "text_leaves": True},
+        {"devices": ["anna"], "layers": [12], "seconds": 2.4, "text_leaves": False},
+    ],
+    "faster": None,
+}  # fmt: skip
+
+ALONE: dict[str, Any] = {
+    **EXPLAINED,
+    "stages": [{**PLAN["stages"][0], "layers": [0, 12], "head": True}],
+    "links": [],
+    "recomputing": [],
+    "alternatives": [
+        {"devices": ["ben", "anna"], "layers": [6, 6], "seconds": 2.4, "text_leaves": True},
+    ],
+}
+
 JOB: dict[str, Any] = {
     "id": "0123456789ab", "kind": "train", "model": "/models/TinyStories-260K-of-somebody",
     "state": "running", "step": 12, "steps": 200, "epoch": 1, "owner": ANNA,

@@ -30,12 +30,21 @@ class Request:
     body: Any
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """An answer that takes its time."""
+
+    fields: dict[str, Any]
+    until: threading.Event
+
+
 @dataclass(slots=True)
 class FakeDaemon:
     """Answers by `METHOD path`: a dict is JSON, a list is a stream of its items as lines.
 
     An `int` gives an empty answer of that HTTP status. A streamed `HANG` keeps the stream
     open until the client leaves; `hanging` is set when it is reached, `left` afterwards.
+    A `Held` answer is given when its event is set.
     """
 
     home: Path
@@ -55,6 +64,9 @@ class FakeDaemon:
                 return await self._stream(request, lines)
             case int() as status:
                 return web.Response(status=status)
+            case Held() as held:
+                await asyncio.to_thread(held.until.wait, CLI_SECONDS)
+                return web.json_response(held.fields)
             case _:
                 return web.Response(status=404, text="404: Not Found")
 

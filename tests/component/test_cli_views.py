@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import threading
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,14 @@ from typing import Any
 import pytest
 
 from tests.component import cli_answers as answers
-from tests.component.cli_support import Request, confidant, fake_daemon
+from tests.component.cli_support import (
+    Held,
+    Request,
+    command,
+    confidant,
+    environment,
+    fake_daemon,
+)
 
 VIEWS: dict[str, tuple[tuple[str, ...], str, dict[str, Any]]] = {
     "status": (("status",), "GET /v1/status", answers.STATUS),
@@ -22,6 +31,8 @@ VIEWS: dict[str, tuple[tuple[str, ...], str, dict[str, Any]]] = {
     "jobs list": (("jobs", "list"), "GET /v1/jobs", answers.JOBS),
     "jobs show": (("jobs", "show", "0123456789ab"), "GET /v1/jobs/0123456789ab", answers.JOB),
     "plan": (("plan", "/models/small"), "POST /v1/plan", answers.PLAN),
+    "explained": (("plan", "/models/small"), "POST /v1/plan", answers.EXPLAINED),
+    "alone": (("plan", "/models/small"), "POST /v1/plan", answers.ALONE),
 }
 
 
@@ -107,7 +118,7 @@ def test_doctor_lists_every_provider(tmp_path: Path) -> None:
 
 
 def test_a_plan_explains_itself(tmp_path: Path) -> None:
-    text = shown(tmp_path, "plan")
+    text = " ".join(shown(tmp_path, "plan").split())
     for part in (
         "0-3",
         "4-11",
@@ -120,9 +131,71 @@ def test_a_plan_explains_itself(tmp_path: Path) -> None:
         "400 ms",
     ):
         assert part in text
-    assert "left out cccccccc: it has 40 MB free, a layer needs 95 MB" in " ".join(text.split())
+    assert "left out cccccccc: it has 40 MB free, a layer needs 95 MB" in text
     assert "1.7 s a step" in text
     assert "602 tokens/s" in text
+
+
+def test_a_plan_says_what_each_choice_costs(tmp_path: Path) -> None:
+    text = " ".join(shown(tmp_path, "explained").split())
+    for said in (
+        "microbatch: forward and backward of one of 2 x 128 tokens; a step has 4",
+        "estimated by GFLOP/s: a-very-long-host-name",
+        "3 MB a step, 400 ms a microbatch each way",
+        "recompute on ben: +12 % (saved does not fit by 310 MB)",
+        "4 microbatches: 2 would not fit on these devices, 8 would take 5 % longer",
+        "instead: ben, cleo: 1.6 s a step; the text would leave its device",
+        "instead: anna: 2.4 s a step predicted",
+    ):
+        assert said in text
+    assert "anna, a-very" not in text.split("estimated by")[1].split("link")[0]
+    assert "fastest" not in text  # no plan with more devices was compared
+
+
+def test_a_plan_says_when_fewer_devices_are_faster(tmp_path: Path) -> None:
+    text = shown(tmp_path, "alone")
+    assert "anna alone is fastest: 1.7 s a step; with ben 2.4 s a step" in text
+    faster = {"devices": ["anna", "ben"], "layers": [6, 6], "seconds": 0.9, "text_leaves": False}
+    with fake_daemon(tmp_path, {"POST /v1/plan": {**answers.ALONE, "faster": faster}}):
+        text = " ".join(confidant(tmp_path, "plan", "m").stdout.split())
+    assert "anna and ben would be faster: 900 ms a step; --devices insists on 1.7 s a step" in text
+    assert "is fastest" not in text
+
+
+def test_a_plan_for_serving_counts_tokens(tmp_path: Path) -> None:
+    served = {
+        **answers.ALONE,
+        "objective": "serve",
+        "load": 16,
+        "other_microbatches": [],
+        "links": [{"from": answers.ANNA, "to": answers.BEN, "bytes": 49152, "seconds": 0.002}],
+    }
+    with fake_daemon(tmp_path, {"POST /v1/plan": served}) as daemon:
+        text = confidant(tmp_path, "plan", "/m", "--serve", "--load", "16").stdout
+        wrong = confidant(tmp_path, "plan", "/m", "--load", "16")
+    body = {"model": "/m", "objective": "serve", "options": {"load": 16}}
+    assert [request.body for request in daemon.requests] == [body]
+    assert "predicted: 602 tokens/s over 16 requests, each a token every 1.7 s" in text
+    assert "anna → ?: 49 kB a round, 2 ms a token each way" in text
+    assert "anna alone is fastest: 9.41 tokens/s; with ben 6.67 tokens/s" in text
+    assert "token: what the device computes for one token of one request" in text
+    assert wrong.returncode == 2
+    assert "--load needs --serve" in wrong.stderr
+
+
+def test_a_plan_that_takes_a_while_says_so(tmp_path: Path) -> None:
+    until = threading.Event()
+    with fake_daemon(tmp_path, {"POST /v1/plan": Held(answers.PLAN, until)}):
+        process = subprocess.Popen(
+            command("plan", "m", "--home", str(tmp_path)),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+        )  # fmt: skip
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("planning: comparing")
+        until.set()
+        out, rest = process.communicate(timeout=60)
+    assert (process.returncode, rest) == (0, "")
+    assert "602 tokens/s" in out
 
 
 def test_plan_sends_the_options_that_were_given(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.e2e import compiled
+
 READY_SECONDS = 30.0
 STOP_SECONDS = 20.0
 MEET_SECONDS = 30.0
@@ -202,8 +204,11 @@ def swarm(
 
 @contextlib.contextmanager
 def running(devices: list[Device]) -> Iterator[list[Device]]:
-    """These daemons, paired and met."""
+    """These daemons, paired and met; the first one, which owns most jobs, has the programs that
+    the first ones of other tests compiled.
+    """
     pair(devices)
+    compiled.lend(devices[0].home)
     try:
         for device in devices:
             device.start()
@@ -217,6 +222,7 @@ def running(devices: list[Device]) -> Iterator[list[Device]]:
         for device in devices:
             if device.process is not None and device.process.poll() is None:
                 device.stop()
+        compiled.keep(devices[0].home)
 
 
 def met(devices: Sequence[Device]) -> bool:

@@ -63,7 +63,7 @@ class Small:
 
 def make_small(name: str, folder: Path) -> Small:
     """The model of that name; skips where the real ones are not there."""
-    if name in ("llama", "gpt2"):
+    if name in ("llama", "llama-untied", "gpt2"):
         return _random(name, folder)
     source = reference.MODELS / name
     if not source.is_dir():
@@ -85,12 +85,12 @@ def _known_letters(model: Path, text: str) -> str:
 def _random(name: str, folder: Path) -> Small:
     torch.manual_seed(3)
     model: Any
-    if name == "llama":
+    if name.startswith("llama"):
         model = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=257, hidden_size=48, intermediate_size=112, num_hidden_layers=3,
                 num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=256,
-                tie_word_embeddings=True, initializer_range=0.08, eos_token_id=256,
+                tie_word_embeddings=name == "llama", initializer_range=0.08, eos_token_id=256,
                 bos_token_id=None, rope_parameters={
                     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0,
                     "low_freq_factor": 1.0, "high_freq_factor": 4.0,

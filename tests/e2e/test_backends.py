@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,13 +42,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
 def two_devices(
     folder: Path, second: str, *, split: str = "always", mode: str = ""
 ) -> Iterator[list[Device]]:
-    """One with the CPU and another backend, one with the CPU only; probed and met.
-
-    What one test compiled lies in the next one's store.
-    """
-    store, kept = folder / "anna" / "store", folder.parent / "compiled"
-    if kept.exists():
-        shutil.copytree(kept, store)
+    """One with the CPU and another backend, one with the CPU only; probed and met."""
     settings = {faulty_backend.MODE: mode}
     if second == faulty_backend.NAME:
         plugin = faulty_backend.install(folder / "plugin")
@@ -61,8 +54,6 @@ def two_devices(
         offered = f"{second} is offered"
         wait_until(lambda: all(second in of_anna(d) for d in devices), PROBED_SECONDS, offered)
         yield devices
-    if not kept.exists():
-        shutil.copytree(store, kept)
 
 
 def of_anna(device: Device) -> list[str]:
@@ -114,7 +105,15 @@ def test_cpu_and_openvino_beside_cpu_only(small: Small, tmp_path: Path, method: 
     if adapter is not None:
         options += ["--init-adapter", str(adapter)]
     with two_devices(tmp_path, "openvino") as devices:
-        shape = ("--sequence-length", str(LENGTH), "--devices", "anna,ben")
+        shape = (
+            "--sequence-length",
+            str(LENGTH),
+            "--microbatches",
+            "2",
+            "--batch-size",
+            str(BATCH),
+        )
+        shape += ("--devices", "anna,ben")
         before = devices[0].json("plan", str(small.folder), *shape)
         anna = next(stage for stage in before["stages"] if stage["name"] == "anna")
         assert anna["unmeasured_backends"] == ["openvino"]

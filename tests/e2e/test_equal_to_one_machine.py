@@ -34,18 +34,19 @@ def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def train(
-    owner: Device, small: Small, output: Path, count: int, *options: str
+    owner: Device, small: Small, output: Path, count: int, *options: str, ends: str = "never"
 ) -> list[dict[str, Any]]:
-    """Train over the first `count` devices; the events."""
+    """Train over the first `count` devices, the first of which may hold both ends; the events."""
     names = ",".join(("anna", "ben", "cleo")[:count])
     events = owner.events(
         "train", str(small.folder), "--data", str(small.text), "--output", str(output),
         "--steps", str(STEPS), "--batch-size", str(BATCH), "--microbatches", "2",
         "--sequence-length", str(small.length), "--learning-rate", str(RATE),
-        "--warmup-steps", "2", "--no-shuffle", "--devices", names, *options,
+        "--warmup-steps", "2", "--no-shuffle", "--devices", names,
+        "--owner-ends", ends, *options,
     )  # fmt: skip
     assert events[-1]["event"] == "done", events[-1]
-    assert len(events[-1]["stages"]) == count
+    assert len(events[-1]["stages"]) == count + (ends == "always")
     return events
 
 
@@ -116,6 +117,28 @@ def test_lora(devices: list[Device], small: Small, tmp_path: Path, count: int) -
     assert reference.held_out_loss(again, blocks[:4]) == pytest.approx(
         reference.held_out_loss(model, blocks[:4]), rel=LOSS_TOLERANCE
     )
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("name", ["llama", "llama-untied"])  # the first is tied
+def test_both_ends_on_the_owner(
+    devices: list[Device], tmp_path: Path, name: str, method: str
+) -> None:
+    small = make_small(name, tmp_path)
+    model, options = reference.load(small.folder), ["--method", method]
+    if method == "lora":
+        adapter = small.make_adapter(tmp_path / "adapter")
+        options += ["--init-adapter", str(adapter)]
+        model = reference.with_adapter(model, adapter)
+    events = train(devices[0], small, tmp_path / "out", 2, *options, ends="always")
+    assert [stage["name"] for stage in events[-1]["stages"]] == ["anna", "ben", "anna"]
+    blocks = reference.blocks_of(small.folder, [small.text], small.length)
+    run = reference.train(
+        model, blocks, steps=STEPS, batch_size=BATCH, learning_rate=RATE, warmup_steps=2
+    )
+    check_losses(events, run)
+    if method == "full":
+        check_weights(load_file(tmp_path / "out" / "model.safetensors"), run.weights)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -54,6 +54,12 @@ def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swarm]:
             yield Swarm(devices, quota)
 
 
+@pytest.fixture(autouse=True)
+def whole_core(swarm: Swarm) -> None:
+    """Ben is as fast as ever when a test begins, also after one that failed."""
+    swarm.quota.set(None)
+
+
 def make_model(folder: Path, hidden: int, columns: int) -> Path:
     """A random Llama of eight blocks with tied ends."""
     torch.manual_seed(3)
@@ -86,12 +92,13 @@ def test_a_throttled_stage_gives_layers_away_and_no_number_changes(
             events.append(json.loads(line))
             if events[-1]["event"] == "step" and events[-1]["step"] == THROTTLED_AFTER:
                 swarm.quota.set(0.1)
-    swarm.quota.set(None)
     assert events[-1]["event"] == "done", events[-1]
     before, *_, after = [event["stages"] for event in events if event["event"] == "plan"]
     replans = [event for event in events if event["event"] == "replan"]
     assert replans[0]["resumed_from_step"] <= THROTTLED_AFTER + 20
-    assert [event["epoch"] for event in replans] == [2 + i for i in range(len(replans))]
+    epochs = [event["epoch"] for event in replans]
+    assert epochs == sorted(set(epochs))
+    assert epochs[0] > 1
 
     def layers(stages: list[dict[str, Any]]) -> int:
         first, past_last = next(s["layers"] for s in stages if s["name"] == "ben")
@@ -116,7 +123,6 @@ def test_a_device_with_less_memory_than_it_says_fails_alone(swarm: Swarm, tmp_pa
         "train", str(model), "--data", str(TEXT), "--output", str(tmp_path / "out"),
         "--steps", "2", "--batch-size", "4", "--microbatches", "2", "--sequence-length", "32",
     )  # fmt: skip
-    swarm.quota.set(None)
     assert events[-1]["event"] == "done", events[-1]
     first, *_, last = [event for event in events if event["event"] == "plan"]
     assert "cleo" in [stage["name"] for stage in first["stages"]]

@@ -32,7 +32,9 @@ def started(*offers: Offer) -> Grants:
     """A device that runs these."""
     found = granted(*offers)
     for offer in offers:
-        found.starting(OWNER, Place(JOB, offer.epoch, offer.stage)).process = PROCESS
+        held = found.starting(OWNER, Place(JOB, offer.epoch, offer.stage))
+        held.process = PROCESS
+        found.started(held)
     return found
 
 
@@ -79,7 +81,9 @@ def test_both_ends_may_change_places() -> None:
         grants.grant(replace(OFFER, epoch=2, stage=new, goes_on=old, memory_bytes=70), BOSS, 0.0)
     first = grants.find(OWNER, Place(JOB, 1, 0))
     assert grants.starting(OWNER, Place(JOB, 2, 2)) is first
-    grants.starting(OWNER, Place(JOB, 2, 0))
+    assert grants.starting(OWNER, Place(JOB, 2, 0)) is not first
+    for held in grants:
+        grants.started(held)
     assert grants.bytes() == 140
     assert grants.of_epoch(OWNER, JOB, 2) == list(grants)
 
@@ -123,3 +127,39 @@ def test_epochs_only_go_forward() -> None:
 
 def test_a_job_that_is_not_here_has_nothing_to_stop() -> None:
     assert Grants().of_epoch(OWNER, JOB, 1) == []
+
+
+def test_what_a_stage_gives_back_counts_until_its_next_one_is_loaded() -> None:
+    grants = started(OFFER)
+    grants.grant(replace(OFFER, epoch=2, memory_bytes=40, goes_on=0), BOSS, 0.0)
+    held = grants.starting(OWNER, Place(JOB, 2, 0))
+    assert grants.bytes() == 100
+    grants.started(held)
+    assert grants.bytes() == 40
+
+
+def test_the_owner_may_drop_an_epoch_that_comes_to_nothing() -> None:
+    grants = started(OFFER)
+    grants.grant(replace(OFFER, epoch=2, memory_bytes=150, goes_on=0), BOSS, 0.0)
+    grants.drop(OTHER, JOB, 2)
+    assert grants.bytes() == 150
+    grants.drop(OWNER, JOB, 2)
+    assert grants.bytes() == 100
+
+
+def test_stages_that_did_not_go_on_are_known() -> None:
+    grants = started(OFFER, replace(OFFER, stage=2))
+    grants.grant(replace(OFFER, epoch=2, goes_on=0), BOSS, 0.0)
+    (left,) = grants.before(OWNER, JOB, 2)
+    assert left.offer.stage == 2
+
+
+def test_a_stage_is_started_once() -> None:
+    grants, place = granted(OFFER), Place(JOB, 1, 0)
+    held = grants.starting(OWNER, place)
+    with pytest.raises(ProtocolError, match="being started already"):
+        grants.starting(OWNER, place)
+    held.process = PROCESS
+    grants.started(held)
+    with pytest.raises(ProtocolError, match="already runs here"):
+        grants.starting(OWNER, place)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -12,18 +10,11 @@ from hypothesis import strategies as st
 
 from confidantd.errors import DoesNotFitError
 from confidantd.ids import DeviceId
-from confidantd.planner.memory import stage_memory
-from confidantd.planner.options import FORMS
-from confidantd.planner.partition import (
-    Partition,
-    PlanDevice,
-    best_partition,
-    cost,
-    predicted_seconds,
-)
+from confidantd.planner.costs import PlanDevice
+from confidantd.planner.partition import best_partition, cost
 from confidantd.planner.plan import make_plan
 from confidantd.planner.workload import Workload
-from tests.unit.planner_support import GIGABYTE, device, workload
+from tests.unit.planner_support import GIGABYTE, SWARMS, device, everything, fits, workload
 
 WORKLOADS = st.builds(
     workload,
@@ -33,42 +24,8 @@ WORKLOADS = st.builds(
     microbatches=st.integers(1, 9),
     tied=st.booleans(),
     saved_rows=st.integers(0, 60),
+    load=st.integers(0, 12),
 )
-DEVICE_FIGURES = st.tuples(
-    st.floats(1, 200), st.integers(100_000_000, 3 * GIGABYTE), st.sampled_from([None, 20.0, 900.0])
-)
-SWARMS = st.lists(DEVICE_FIGURES, min_size=1, max_size=4).map(
-    lambda figures: [device(f"d{i}", *figure) for i, figure in enumerate(figures)]
-)
-
-
-def fits(work: Workload, found: Partition) -> bool:
-    """Whether every stage stays within its device's memory."""
-    last = len(found.devices) - 1
-    return all(
-        stage_memory(
-            work, layers, embedding=i == 0, head=i == last, stage=i, stages=last + 1, form=form
-        ).total
-        <= holder.available_bytes
-        for i, (holder, layers, form) in enumerate(
-            zip(found.devices, found.layers, found.forms, strict=True)
-        )
-    )
-
-
-def everything(
-    work: Workload, devices: Sequence[PlanDevice], *, use_all: bool
-) -> Iterator[Partition]:
-    """Every partition that fits, in all forms."""
-    for size in [len(devices)] if use_all else range(1, len(devices) + 1):
-        for order in itertools.permutations(devices, size):
-            for ends in itertools.combinations(range(1, work.layers), size - 1):
-                layers = tuple(b - a for a, b in itertools.pairwise((0, *ends, work.layers)))
-                for forms in itertools.product(FORMS, repeat=size):
-                    seconds = predicted_seconds(work, order, layers, forms)
-                    found = Partition(order, layers, forms, seconds)
-                    if fits(work, found):
-                        yield found
 
 
 @settings(deadline=None, max_examples=60)

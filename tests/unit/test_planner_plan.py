@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from dataclasses import replace
 
 import pytest
 
 from confidantd.errors import DeviceError, DoesNotFitError
+from confidantd.planner.costs import PlanDevice
 from confidantd.planner.plan import StagePlan, make_plan
+from confidantd.planner.workload import Workload
 from tests.unit.planner_support import GIGABYTE, device, workload
 
 
@@ -61,19 +64,47 @@ def test_what_does_not_fit_names_every_device_that_is_short() -> None:
     assert "anna is" in failure.value.message
     assert "ben is" in failure.value.message
     assert "MB short of" in failure.value.message
-    assert "another device" in failure.value.hint
+    assert "one more device" in failure.value.hint
 
 
-def test_what_would_fit_is_said() -> None:
+def refusal(work: Workload, *devices: PlanDevice) -> DoesNotFitError:
+    """Of a plan over these devices."""
+    with pytest.raises(DoesNotFitError) as failure:
+        make_plan(work, devices, devices[0].id)
+    return failure.value
+
+
+def test_the_smallest_changes_that_fit_are_said() -> None:
     only = device("only", available_bytes=1_000_000_000)
-    with pytest.raises(DoesNotFitError) as failure:
-        make_plan(workload(), [only], only.id)
-    assert failure.value.hint == "it fits with --method lora"
-    large = workload(method="lora", microbatch_size=32, microbatches=1)
-    with pytest.raises(DoesNotFitError) as failure:
-        make_plan(large, [only], only.id)
-    assert failure.value.hint == "it fits with --microbatches 32"
-    make_plan(workload(method="lora", microbatch_size=1, microbatches=32), [only], only.id)
+    said = refusal(workload(), only)
+    extra = re.fullmatch(r"it fits with --method lora, or one more device with (\d+) MB for jobs",
+                         said.hint)  # fmt: skip
+    assert extra is not None
+    assert "only is" in said.message
+    assert "MB short of the" in said.message
+    more = device("more", available_bytes=1_000_000 * int(extra[1]) + 1_000_000)
+    make_plan(workload(), [only, more], only.id)
+    refusal(workload(), only, replace(more, available_bytes=more.available_bytes - 140_000_000))
+
+
+def test_a_batch_in_more_pieces_is_said_and_no_more_of_them_than_needed() -> None:
+    large = workload(method="lora", microbatch_size=32, microbatches=1, saved_rows=8)
+    only = device("only", available_bytes=900_000_000)
+    found = re.search(r"--microbatches (\d+)", refusal(large, only).hint)
+    assert found is not None
+    pieces = int(found[1])
+
+    def cut(count: int) -> Workload:
+        rows = 32 // count
+        return workload(method="lora", microbatch_size=rows, microbatches=count, saved_rows=8)
+
+    make_plan(cut(pieces), [only], only.id)
+    refusal(cut(pieces // 2), only)
+
+
+def test_where_nothing_helps_memory_is_asked_for() -> None:
+    tiny = device("tiny", available_bytes=1)
+    assert refusal(workload(layers=1), tiny).hint == "free memory on these devices"
 
 
 def test_an_insisted_device_that_is_too_small() -> None:
@@ -125,11 +156,11 @@ def test_the_next_best_plans_are_listed() -> None:
     devices = [device(name) for name in "abc"]
     plan = make_plan(workload(microbatches=16), devices, devices[0].id, explain=True)
     assert len(plan.stages) == 3
-    first, second = plan.alternatives
+    first, second = plan.explanation.alternatives
     assert (len(first.devices), len(second.devices)) == (2, 1)
     assert plan.seconds < first.seconds < second.seconds
     assert first.devices[0] == second.devices[0] == "a"
     assert sum(first.layers) == sum(second.layers) == 6
     small = [device(name, available_bytes=1_400_000_000) for name in "abcd"]
     large = make_plan(workload(layers=12), small, small[0].id, explain=True)
-    assert all(len(other.devices) > 1 for other in large.alternatives)
+    assert all(len(other.devices) > 1 for other in large.explanation.alternatives)

@@ -117,3 +117,21 @@ def test_a_schedule_that_waits_for_itself_is_found() -> None:
         simulate([StageCost(1, 1)] * 2, [LinkCost()], 2, receives_first)
     with pytest.raises(ValueError, match="2 stages have 1 links, not 0"):
         simulate([StageCost(1, 1)] * 2, [], 2)
+
+
+@given(stages=STAGES, links=LINKS, microbatches=MICROBATCHES)
+def test_stages_on_one_device_take_turns(
+    stages: list[StageCost], links: list[LinkCost], microbatches: int
+) -> None:
+    links = links[: len(stages) - 1]
+    ends = [i % max(1, len(stages) - 1) for i in range(len(stages))]  # the last where the first is
+    found = simulate(stages, links, microbatches, holders=ends)
+    first, last = stages[0], stages[-1]
+    if len(stages) > 1:
+        both = microbatches * (first.forward + first.backward + last.forward + last.backward)
+        assert found.seconds >= (both + first.update + last.update) * (1 - 1e-9)
+        spans = sorted((s.start, s.end) for s in found.spans if s.stage in (0, len(stages) - 1))
+        assert all(b[0] >= a[1] - 1e-9 for a, b in itertools.pairwise(spans))
+    each = [microbatches * (s.forward + s.backward) + s.update for s in stages]
+    transfers = microbatches * sum(2 * (k.seconds + k.latency) for k in links)
+    assert found.seconds <= (sum(each) + transfers + sum(2 * k.latency for k in links)) * (1 + 1e-9)

@@ -69,9 +69,9 @@ def _product(name: str, session: onnxruntime.InferenceSession) -> Multiply:
 def _gflops(name: str, multiply: Multiply) -> float:
     a, b = _operands(_SMALLEST)
     _check(name, multiply, a, b)
-    while len(a) < _LARGEST and _fastest(multiply, a, b, 0.0) < _LONG_ENOUGH_SECONDS:
+    while len(a) < _LARGEST and _seconds(multiply, a, b, 0.0) < _LONG_ENOUGH_SECONDS:
         a, b = _operands(2 * len(a))
-    return 2 * len(a) ** 3 / _fastest(multiply, a, b, _BUDGET_SECONDS) / 1e9
+    return 2 * len(a) ** 3 / _seconds(multiply, a, b, _BUDGET_SECONDS) / 1e9
 
 
 def _check(name: str, multiply: Multiply, a: Array, b: Array) -> None:
@@ -89,7 +89,7 @@ def _check(name: str, multiply: Multiply, a: Array, b: Array) -> None:
 def _memory_gbps(multiply: Multiply) -> float:
     row = np.ones((1, _COLUMNS), np.float32)
     matrix = np.ones((_COLUMNS, _COLUMNS), np.float32)
-    return matrix.nbytes / _fastest(multiply, row, matrix, _BUDGET_SECONDS) / 1e9
+    return matrix.nbytes / _seconds(multiply, row, matrix, _BUDGET_SECONDS) / 1e9
 
 
 def _operands(size: int) -> tuple[Array, Array]:
@@ -98,14 +98,14 @@ def _operands(size: int) -> tuple[Array, Array]:
     return a, b
 
 
-def _fastest(multiply: Multiply, a: Array, b: Array, budget_seconds: float) -> float:
-    """Shortest of the runs that fit into the budget, after one to warm up; others add noise."""
+def _seconds(multiply: Multiply, a: Array, b: Array, budget_seconds: float) -> float:
+    """Mean of the runs that fit into the budget, after one to warm up. Not the shortest: a
+    device that is throttled stands still again and again, and would look many times as fast.
+    """
     multiply(a, b)
-    best, spent = float("inf"), 0.0
+    runs, started = 0, time.perf_counter()
     while True:
-        started = time.perf_counter()
         multiply(a, b)
-        taken = time.perf_counter() - started
-        best, spent = min(best, taken), spent + taken
+        runs, spent = runs + 1, time.perf_counter() - started
         if spent >= budget_seconds:
-            return best
+            return spent / runs

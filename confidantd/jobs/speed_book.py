@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from confidantd.errors import ConfidantError, DeviceError, StorageError
-from confidantd.ids import DeviceId
-from confidantd.jobs.peers import Peers
+from confidantd.errors import ConfidantError, StorageError
 from confidantd.jobs.plan_inputs import assignment_workload
-from confidantd.jobs.programs import fetch_programs
 from confidantd.jobs.splits import Splits, program_request
-from confidantd.jobs.subprocesses import run_module
 from confidantd.models.spec import Form, ProgramRequest
-from confidantd.models.tensors import embedding_parameters
 from confidantd.planner.costs import PlanDevice, assumed_speeds, stage_cost
 from confidantd.planner.speeds import corrected, scaled, valid, with_block
-from confidantd.store.blobs import BlobStore
 from confidantd.store.files import write_atomically
 from confidantd.wire.codec import from_map, to_map
-from confidantd.wire.jobs import Measure, SpeedsAnswer, SpeedsQuestion
 from confidantd.wire.speeds import Speeds
 from confidantd.wire.stage import StageAssignment
 from confidantd.wire.worker import StepDone
 
 _log = logging.getLogger(__name__)
 
-MEASURE_SECONDS = 300.0  # a phone needs some ten seconds, and more for a block of 200 MB
-ENDS_BYTES = 16  # a parameter of the head in full fine-tuning, while it is measured
 FORMS: tuple[Form, ...] = ("saved", "recompute")
 
 
@@ -127,71 +114,3 @@ def _seconds(place: StageAssignment, speeds: Speeds) -> float:
         head=spec.head, embedding=spec.embedding, form=spec.form,
     )  # fmt: skip
     return cost.forward + cost.backward
-
-
-class SpeedMeasuring:
-    """Answers `device.speeds` and `device.measure`."""
-
-    def __init__(
-        self,
-        peers: Peers,
-        store: BlobStore,
-        home: Path,
-        threads: int,
-        book: SpeedBook,
-        available_bytes: Callable[[], int],
-    ) -> None:
-        self._peers = peers
-        self._store = store
-        self._home = home
-        self._threads = threads
-        self._book = book
-        self._available_bytes = available_bytes
-        self._one_at_a_time = asyncio.Lock()  # two at once would measure each other
-        peers.on_request("device.speeds", self._speeds)
-        peers.on_request("device.measure", self._measure)
-
-    async def _speeds(self, _device: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
-        question = from_map(SpeedsQuestion, params)
-        return to_map(SpeedsAnswer(await asyncio.to_thread(self._book.known, question.request)))
-
-    async def _measure(self, _device: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
-        message = from_map(Measure, params)
-        async with self._one_at_a_time:
-            known = await asyncio.to_thread(self._book.known, message.request)
-            if known is not None:
-                return to_map(SpeedsAnswer(known))
-            try:
-                async with asyncio.timeout(MEASURE_SECONDS):
-                    found = await self._measured(message)
-            except TimeoutError:
-                return to_map(SpeedsAnswer(None, f"not within {MEASURE_SECONDS:.0f} s"))
-            except ConfidantError as failure:
-                return to_map(SpeedsAnswer(None, failure.message))
-            await asyncio.to_thread(self._book.remember, message.request, found)
-            return to_map(SpeedsAnswer(await asyncio.to_thread(self._book.known, message.request)))
-
-    async def _measured(self, message: Measure) -> Speeds:
-        programs = await fetch_programs(self._peers, self._store, message.source, message.programs)
-        ends = ENDS_BYTES * embedding_parameters(message.request.model)
-        room = await asyncio.to_thread(self._available_bytes)
-        question = {
-            "request": to_map(message.request),
-            "programs": {name: str(path) for name, path in programs.items()},
-            "threads": self._threads,
-            "ends": 2 * ends < room,
-        }
-        with tempfile.TemporaryDirectory(prefix="measure-", dir=self._home) as folder:
-            asked, answer = Path(folder) / "question.json", Path(folder) / "answer.json"
-            asked.write_text(json.dumps(question))
-            await run_module(
-                "confidantd.engine.block_speed",
-                [str(asked), str(answer)],
-                self._home / "logs" / "measure.log",
-                lambda _: None,
-                DeviceError,
-            )
-            found = from_map(Speeds, json.loads(answer.read_bytes()))
-        if not valid(found):
-            raise DeviceError("what was measured cannot be", "see logs/measure.log")
-        return found
