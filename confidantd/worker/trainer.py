@@ -16,14 +16,12 @@ from confidantd.wire.stage import StageAssignment
 from confidantd.wire.worker import Evaluate, Evaluated, StepDone, StepSpan, TrainStep
 from confidantd.worker.exchange import Exchange
 from confidantd.worker.memory import peak_memory_bytes
+from confidantd.worker.tied import join_tied_gradients, tied_partner
 
 COMPUTED: Mapping[ActionKind, Literal["forward", "backward"]] = {
     ActionKind.FORWARD: "forward",
     ActionKind.BACKWARD: "backward",
 }
-# The gradient of a tied table, as large as the table, goes in pieces: at both ends a few of them
-# are in memory at a time, and on Wi-Fi of 50 Mbit/s and 10 ms the line still never runs dry.
-TIED_PIECE_BYTES, TIED_AHEAD = 512 * 1024, 8
 CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm
 
 
@@ -94,18 +92,7 @@ class Trainer:
         partner = self._tied_partner
         if partner is None:
             return
-        mine = self._stage.tied_gradient()
-        assert mine is not None
-        rows = tied_rows(mine.shape[1])
-        firsts, sent = range(0, len(mine), rows), 0
-        for index, first in enumerate(firsts):
-            # what was sent may be changed; both ends send ahead, so neither waits for the other
-            for ahead in range(sent, min(len(firsts), index + TIED_AHEAD)):
-                part = mine[firsts[ahead] : firsts[ahead] + rows]
-                await self._exchange.send(partner, FrameKind.TIED_GRADIENT, step, ahead, part)
-                sent = ahead + 1
-            other = await self._exchange.receive(FrameKind.TIED_GRADIENT, step, index)
-            await self._exchange.compute(self._stage.add_tied_gradient, other, first)
+        await join_tied_gradients(self._stage, self._exchange, partner, step)
 
     async def _global_square_sum(self, step: int) -> float:
         """Partial sums travel from the last stage to stage 0, the total travels back."""
@@ -202,18 +189,3 @@ class EvaluatePass(TrainPass):
             self.loss_sum += loss[0]
             self.count += loss[1]
         return y
-
-
-def tied_rows(width: int) -> int:
-    """How many rows of a tied table one piece of its gradient has."""
-    return max(1, TIED_PIECE_BYTES // (4 * width))
-
-
-def tied_partner(place: StageAssignment) -> int | None:
-    """The stage that holds the other end of a trained tied embedding, if another does."""
-    spec = place.spec
-    if not spec.model.tied or spec.training != "full" or place.stages == 1:
-        return None
-    if spec.embedding:
-        return place.stages - 1
-    return 0 if spec.head else None
