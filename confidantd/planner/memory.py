@@ -29,7 +29,7 @@ HEAD_BYTES: Mapping[Form, int] = {"saved": 64 * 1024 * 1024, "recompute": 16 * 1
 LEAST_CHUNK = 32  # tokens; 16 at a time would take twice as long as 64
 LOGIT_COPIES = 2  # logits, and their exponentials
 # How many arrays of a kind a block's backward has at a time. With these, stages of Llama and
-# GPT-2, 384 and 768 wide, 2 x 128 and 2 x 256 tokens, take what is said or up to 6 % less.
+# GPT-2, 384 and 768 wide, 2 x 128 and 2 x 256 tokens, take what is said or up to 7 % less.
 ATTENTION_COPIES = 3  # scores, probabilities and their gradients [b, H, S, S]
 # gate, up, their product and the gradients [b, S, columns]; they are held for those of weights
 COLUMN_COPIES: Mapping[Method | None, int] = {"full": 6, "lora": 4, None: 4}
