@@ -229,16 +229,15 @@ class TrainStage:
     def tied_gradient(self) -> Floats | None:
         """This end's gradient [V, D] of a trained tied table whose other end is elsewhere."""
         end = self._weights.tied_end()
-        if end is None:
-            return None
-        gradient = end.gradient
-        return np.zeros_like(end.weight) if gradient is None else gradient
+        return None if end is None else end.accumulator()
 
-    def add_tied_gradient(self, other: Floats) -> None:
-        """Add the other end's part. Addition commutes, so both ends hold the same bits."""
+    def add_tied_gradient(self, other: Floats, first_row: int = 0) -> None:
+        """Add the other end's part, or some rows of it. Addition commutes, so both ends hold the
+        same bits.
+        """
         end = self._weights.tied_end()
         if end is not None:
-            end.add(other)
+            end.accumulator()[first_row : first_row + len(other)] += other
 
     def gradient_square_sum(self) -> float:
         """Over this stage's gradients; a tied table counts at the embedding stage only."""

@@ -16,8 +16,9 @@ from confidantd.planner.workload import (
 from confidantd.schedule.one_f_one_b import in_flight
 
 # A worker with numpy, onnxruntime and its links: 73 MiB when it begins, 17 for sessions and the
-# code that they run, 6 for TLS and frames on their way; measured.
-RUNTIME_BYTES = 96 * 1024 * 1024
+# code that they run, 8 for TLS and frames on their way, 2 that runs differ by; measured.
+RUNTIME_BYTES = 100 * 1024 * 1024
+TIED_BYTES = 8 * 1024 * 1024  # pieces of a tied table's gradient that are on their way, measured
 PROVIDER_BYTES = 180 * 1024 * 1024  # a further provider in the worker: OpenVINO's, measured
 # A provider that does not share the host's memory copies a block's weights into the programs
 # of its forward and backward, and its gradients into and out of the latter.
@@ -28,12 +29,15 @@ HEAD_BYTES: Mapping[Form, int] = {"saved": 64 * 1024 * 1024, "recompute": 16 * 1
 LEAST_CHUNK = 32  # tokens; 16 at a time would take twice as long as 64
 LOGIT_COPIES = 2  # logits, and their exponentials
 # How many arrays of a kind a block's backward has at a time. With these, stages of Llama and
-# GPT-2, 384 and 768 wide, 2 x 128 and 2 x 256 tokens, take what is said or up to 6 % less.
+# GPT-2, 384 and 768 wide, 2 x 128 and 2 x 256 tokens, take what is said or up to 7 % less.
 ATTENTION_COPIES = 3  # scores, probabilities and their gradients [b, H, S, S]
 # gate, up, their product and the gradients [b, S, columns]; they are held for those of weights
 COLUMN_COPIES: Mapping[Method | None, int] = {"full": 6, "lora": 4, None: 4}
 # residuals, norms, q, k, v and their gradients [b, S, D]
 HIDDEN_COPIES: Mapping[Method | None, int] = {"full": 9, "lora": 5, None: 5}
+# A prompt goes in chunks of which the scores, over all positions before, take no more than this;
+# each is longer than the last one's, so the arena has pieces of several sizes for them.
+PREFILL_BYTES, MOST_PREFILL, PREFILL_COPIES = 16 * 1024 * 1024, 256, 3
 # How far a stage may be over what was planned before it is ended: the error of this model.
 MODEL_ERROR = 0.10
 
@@ -92,6 +96,7 @@ def stage_memory(
         # the recompute form has the rest only of the block whose backward runs
         copies = flying * layers if form == "saved" else min(1, layers)
         kept += copies * FLOAT_BYTES * work.saved_floats
+    apart = work.tied and work.method == "full" and embedding != head
     return MemoryEstimate(
         weights=FLOAT_BYTES * held,
         gradients=FLOAT_BYTES * trained,
@@ -100,6 +105,7 @@ def stage_memory(
         cache=_cache_bytes(work, layers),
         workspace=_workspace_bytes(work, form, blocks=layers > 0, head=head),
         providers=providers * _provider_bytes(work, form, head=head),
+        runtime=RUNTIME_BYTES + (TIED_BYTES if apart else 0),
     )
 
 
@@ -115,13 +121,18 @@ def _provider_bytes(work: Workload, form: Form, *, head: bool) -> int:
 
 
 def _cache_bytes(work: Workload, layers: int) -> int:
-    """Keys and values of every position of every request; of one twice, while its next token
-    makes the new cache.
+    """Keys and values of every position of every request, in buffers that grow by a quarter, and
+    of one block twice while they grow.
     """
     if work.method is not None:
         return 0
-    copies = work.requests + 1
-    return copies * 2 * FLOAT_BYTES * layers * work.kv_width * work.sequence_length
+    block = 2 * FLOAT_BYTES * work.kv_width * work.sequence_length
+    return block * work.requests * layers * 5 // 4 + block * min(1, layers)
+
+
+def prefill_chunk(heads: int, length: int) -> int:
+    """How many tokens of a prompt of `length` are run at a time."""
+    return min(MOST_PREFILL, max(LEAST_CHUNK, PREFILL_BYTES // (FLOAT_BYTES * heads * length)))
 
 
 def _workspace_bytes(work: Workload, form: Form, *, blocks: bool, head: bool) -> int:
@@ -129,10 +140,13 @@ def _workspace_bytes(work: Workload, form: Form, *, blocks: bool, head: bool) ->
     one leaves free has not the sizes that the other asks for, so they are added up.
     """
     tokens, length = work.tokens, work.sequence_length
-    attention = work.microbatch_size * work.heads * length * length
+    attention = ATTENTION_COPIES * work.microbatch_size * work.heads * length * length
+    if work.method is None:
+        tokens = min(length, prefill_chunk(work.heads, length))
+        attention = PREFILL_COPIES * work.heads * tokens * (length + tokens)
     floats = 0
     if blocks:
-        floats += ATTENTION_COPIES * attention
+        floats += attention
         floats += COLUMN_COPIES[work.method] * tokens * work.columns
         floats += HIDDEN_COPIES[work.method] * tokens * work.hidden
     if head and work.method is not None:

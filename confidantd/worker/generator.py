@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 
 from confidantd.engine.decode_stage import DecodeStage
 from confidantd.engine.sampling import Sampler
+from confidantd.planner.memory import prefill_chunk
 from confidantd.wire.frames import FrameKind
 from confidantd.wire.stage import StageAssignment
 from confidantd.wire.worker import Decode, Token
 from confidantd.worker.exchange import Exchange
-
-PREFILL_CHUNK_TOKENS = 256  # bounds the attention workspace and lets stages overlap in prefill
 
 
 @dataclass(slots=True)
@@ -54,9 +53,11 @@ class Generator:
         self._sequence(command.sequence).set_result(_Sequence(command, sampler))
         if self._place.spec.embedding:
             prompt = np.array([command.prompt], dtype=np.int64)
-            for start in range(0, prompt.shape[1], PREFILL_CHUNK_TOKENS):
-                chunk = prompt[:, start : start + PREFILL_CHUNK_TOKENS]
-                last = start + PREFILL_CHUNK_TOKENS >= prompt.shape[1]
+            length = prompt.shape[1]
+            size = prefill_chunk(self._place.spec.model.block.heads, length)
+            for start in range(0, length, size):
+                chunk = prompt[:, start : start + size]
+                last = start + size >= length
                 await self._forward(command.sequence, chunk, last=last)
 
     async def serve(self) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from confidantd.engine.decode_stage import DecodeStage
 from confidantd.engine.train_stage import TrainStage
+from confidantd.planner.memory import MOST_PREFILL
 from confidantd.wire.stage import StageAssignment
 from confidantd.wire.worker import Load
 from confidantd.worker.backends import PipeReport, SplitFile, chosen_backends
 from confidantd.worker.blobs import program_paths, reader, state_reader
-from confidantd.worker.generator import PREFILL_CHUNK_TOKENS
 from confidantd.worker.links import Links
-from confidantd.worker.trainer import tied_partner
+from confidantd.worker.tied import tied_partner, tied_rows
 
 # Given where blocks are large enough for several backends:
 TRAIN_SPLIT_PROGRAM, DECODE_SPLIT_PROGRAM = "attention_forward", "attention_decode"
@@ -29,10 +29,11 @@ def partners(place: StageAssignment) -> set[int]:
 def make_links(load: Load) -> Links:
     """The links of a stage; no frame may be larger than the largest tensor of the schedule."""
     place, spec = load.assignment, load.assignment.spec
-    rows = spec.microbatch_size * spec.sequence_length if spec.training else PREFILL_CHUNK_TOKENS
+    rows = spec.microbatch_size * spec.sequence_length if spec.training else MOST_PREFILL
     largest = rows * spec.model.block.hidden
     if spec.model.tied and spec.training == "full":
-        largest = max(largest, spec.model.vocabulary * spec.model.block.hidden)
+        width = spec.model.block.hidden
+        largest = max(largest, tied_rows(width) * width)
     return Links(
         load.home, place.job, place.epoch, place.stage, place.stages, max_tensor_bytes=4 * largest
     )

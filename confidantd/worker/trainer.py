@@ -16,6 +16,7 @@ from confidantd.wire.stage import StageAssignment
 from confidantd.wire.worker import Evaluate, Evaluated, StepDone, StepSpan, TrainStep
 from confidantd.worker.exchange import Exchange
 from confidantd.worker.memory import peak_memory_bytes
+from confidantd.worker.tied import join_tied_gradients, tied_partner
 
 COMPUTED: Mapping[ActionKind, Literal["forward", "backward"]] = {
     ActionKind.FORWARD: "forward",
@@ -91,11 +92,7 @@ class Trainer:
         partner = self._tied_partner
         if partner is None:
             return
-        mine = self._stage.tied_gradient()
-        assert mine is not None
-        await self._exchange.send(partner, FrameKind.TIED_GRADIENT, step, 0, mine)
-        other = await self._exchange.receive(FrameKind.TIED_GRADIENT, step, 0)
-        await self._exchange.compute(self._stage.add_tied_gradient, other)
+        await join_tied_gradients(self._stage, self._exchange, partner, step)
 
     async def _global_square_sum(self, step: int) -> float:
         """Partial sums travel from the last stage to stage 0, the total travels back."""
@@ -192,13 +189,3 @@ class EvaluatePass(TrainPass):
             self.loss_sum += loss[0]
             self.count += loss[1]
         return y
-
-
-def tied_partner(place: StageAssignment) -> int | None:
-    """The stage that holds the other end of a trained tied embedding, if another does."""
-    spec = place.spec
-    if not spec.model.tied or spec.training != "full" or place.stages == 1:
-        return None
-    if spec.embedding:
-        return place.stages - 1
-    return 0 if spec.head else None

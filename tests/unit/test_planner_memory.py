@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from confidantd.planner.memory import (
     HEAD_BYTES,
     LEAST_CHUNK,
+    PREFILL_BYTES,
     PROVIDER_BYTES,
     MemoryEstimate,
     enforced_bytes,
     head_chunk,
+    prefill_chunk,
     stage_memory,
 )
 from confidantd.planner.workload import Method, Workload
@@ -135,3 +137,26 @@ def test_a_stage_may_use_what_it_was_granted_and_the_error_of_the_model() -> Non
     assert enforced_bytes(1_000, 5_000) == 1_100
     assert enforced_bytes(1_000, 30) == 1_030  # the device has no more
     assert enforced_bytes(1_000, 0) == enforced_bytes(1_000, -50) == 1_000
+
+
+def test_a_long_prompt_goes_in_shorter_chunks() -> None:
+    """So that what its scores take grows with neither."""
+    assert prefill_chunk(12, 100) == prefill_chunk(12, 1_000) == 256
+    for heads, length in ((12, 4_000), (32, 16_000), (32, 1_000_000)):
+        chunk = prefill_chunk(heads, length)
+        assert chunk == LEAST_CHUNK or 4 * heads * chunk * length <= PREFILL_BYTES
+    short, long = (
+        middle(workload(method=None, sequence_length=length)) for length in (2_000, 8_000)
+    )
+    assert long.workspace < 1.3 * short.workspace
+    assert long.cache == 4 * short.cache
+
+
+def test_pieces_of_a_tied_gradient_are_counted_where_the_ends_are_apart() -> None:
+    def runtime(*, tied: bool, embedding: bool, head: bool) -> int:
+        place = {"embedding": embedding, "head": head, "stage": 0, "stages": 1}
+        return stage_memory(workload(tied=tied), 6, **place).runtime  # type: ignore[arg-type]
+
+    together = runtime(tied=True, embedding=True, head=True)
+    assert runtime(tied=True, embedding=True, head=False) > together
+    assert runtime(tied=False, embedding=True, head=False) == together

@@ -105,6 +105,6 @@ def test_every_request_has_a_cache() -> None:
         return stage_memory(work, 6, embedding=True, head=True, stage=0, stages=1).cache
 
     each = cache(2) - cache(1)
-    assert each == 2 * 4 * 6 * 768 * 128
+    assert each == 2 * 4 * 6 * 768 * 128 * 5 // 4  # a quarter is room to grow
     assert cache(101) - cache(1) == 100 * each
     assert cache(1) == cache(0)
