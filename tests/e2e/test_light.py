@@ -18,7 +18,7 @@ from tests.e2e.devices import Device, met, pair, swarm, wait_until
 from tests.e2e.small_models import make_small
 
 IDLE_BYTES = 64 * 1024 * 1024
-IDLE_SECONDS = 20.0
+IDLE_SECONDS = 10.0
 HEAVY = re.compile(r"/(libtorch|onnxruntime|transformers|numpy|tokenizers)[^/]*(\.so|/)")
 
 

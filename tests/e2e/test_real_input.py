@@ -10,7 +10,7 @@ import pytest
 from tests import reference
 from tests.e2e.devices import swarm
 
-STEPS, BATCH, LENGTH = 100, 8, 128
+STEPS, BATCH, LENGTH = 60, 8, 128
 HELD_OUT_CHARACTERS = 20_000
 WITHIN = 0.01  # of the reference's held-out loss
 
@@ -51,7 +51,7 @@ def test_fine_tuning_a_real_model(tmp_path: Path, method: str) -> None:
     )
     reference.train(
         torch_model, reference.blocks_of(model, [data], LENGTH), steps=STEPS, batch_size=BATCH,
-        learning_rate=rate, warmup_steps=3,
+        learning_rate=rate, warmup_steps=2,
     )  # fmt: skip
     wanted = reference.held_out_loss(torch_model, held_out_blocks)
     assert losses[-1] == pytest.approx(wanted, rel=WITHIN)
