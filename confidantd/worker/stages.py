@@ -8,7 +8,7 @@ from confidantd.planner.memory import MOST_PREFILL
 from confidantd.wire.stage import StageAssignment
 from confidantd.wire.worker import Load
 from confidantd.worker.backends import PipeReport, SplitFile, chosen_backends
-from confidantd.worker.blobs import program_paths, reader, state_reader
+from confidantd.worker.blobs import Reader, program_paths, reader, state_reader
 from confidantd.worker.links import Links
 from confidantd.worker.tied import tied_partner, tied_rows
 
@@ -46,12 +46,12 @@ def make_train_stage(load: Load, report: PipeReport) -> TrainStage:
         place.spec,
         program_paths(place.programs, load.blobs),
         reader(place.tensors, load.blobs),
-        reader(place.adapter_tensors, load.blobs) if place.adapter_tensors else None,
+        _adapter_reader(load),
         place.threads,
         state=state_reader(place.state, load.blobs),
         steps_done=place.steps_done,
     )
-    _schedule_training(stage, load, report)
+    _schedule(stage, load, report, TRAIN_SPLIT_PROGRAM)
     return stage
 
 
@@ -61,15 +61,10 @@ def become(stage: TrainStage, load: Load, report: PipeReport) -> None:
     stage.become(
         place.spec,
         reader(place.tensors, load.blobs),
-        reader(place.adapter_tensors, load.blobs) if place.adapter_tensors else None,
+        _adapter_reader(load),
         state_reader(place.state, load.blobs),
     )
-    _schedule_training(stage, load, report)
-
-
-def _schedule_training(stage: TrainStage, load: Load, report: PipeReport) -> None:
-    if TRAIN_SPLIT_PROGRAM in load.assignment.programs:
-        _schedule(stage, load, report)
+    _schedule(stage, load, report, TRAIN_SPLIT_PROGRAM)
 
 
 def make_decode_stage(load: Load, report: PipeReport) -> DecodeStage:
@@ -79,15 +74,23 @@ def make_decode_stage(load: Load, report: PipeReport) -> DecodeStage:
         place.spec,
         program_paths(place.programs, load.blobs),
         reader(place.tensors, load.blobs),
-        reader(place.adapter_tensors, load.blobs) if place.adapter_tensors else None,
+        _adapter_reader(load),
         place.threads,
     )
-    if DECODE_SPLIT_PROGRAM in place.programs:
-        _schedule(stage, load, report)
+    _schedule(stage, load, report, DECODE_SPLIT_PROGRAM)
     return stage
 
 
-def _schedule(stage: TrainStage | DecodeStage, load: Load, report: PipeReport) -> None:
-    if len(load.backends) > 1:
+def _adapter_reader(load: Load) -> Reader | None:
+    """None where there is no adapter to start from."""
+    tensors = load.assignment.adapter_tensors
+    return reader(tensors, load.blobs) if tensors else None
+
+
+def _schedule(
+    stage: TrainStage | DecodeStage, load: Load, report: PipeReport, split_program: str
+) -> None:
+    """Share out its blocks, where there are several backends and programs for parts of blocks."""
+    if len(load.backends) > 1 and split_program in load.assignment.programs:
         backends = chosen_backends(load.backends, report)
         stage.schedule(backends, SplitFile(load.split_file), report, load.split)
