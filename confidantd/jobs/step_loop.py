@@ -13,7 +13,7 @@ from confidantd.jobs.step_progress import StepProgress
 from confidantd.jobs.training_data import TokenBlocks
 from confidantd.planner.plan import StagePlan
 from confidantd.planner.replan import LEAST_LEFT_SECONDS, LINKS, Watch, with_links
-from confidantd.planner.simulate import StageCost
+from confidantd.planner.simulate import StageCost, holders_of
 from confidantd.wire.worker import Evaluated, StepDone
 
 STEPS_AHEAD = 2  # batches that wait at the stages, so that none waits for the owner
@@ -81,7 +81,7 @@ class StepLoop:
                     [link.cost for link in plan.links],
                     plan.microbatches,
                     self._step_seconds,
-                    plan.holders(),
+                    holders_of([stage.device for stage in plan.stages]),
                 )
             )
 

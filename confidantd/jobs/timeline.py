@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from confidantd.errors import UsageError
-from confidantd.planner.simulate import LinkCost, StageCost, simulate
+from confidantd.planner.simulate import LinkCost, StageCost, holders_of, simulate
 
 
 def timeline(plan: Mapping[str, Any], done: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -33,8 +33,7 @@ def _predicted(plan: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
     links = [
         LinkCost(k["sending_seconds"], k["seconds"] - k["sending_seconds"]) for k in plan["links"]
     ]
-    devices = [s["device"] for s in plan["stages"]]
-    holders = [devices.index(device) for device in devices]
+    holders = holders_of([stage["device"] for stage in plan["stages"]])
     rows: list[list[dict[str, Any]]] = [[] for _ in stages]
     for span in simulate(stages, links, plan["microbatches"], holders=holders).spans:
         if span.end > span.start:

@@ -33,7 +33,7 @@ from confidantd.planner.pace import (
     step_seconds,
 )
 from confidantd.planner.search import Search
-from confidantd.planner.simulate import LinkCost, StageCost
+from confidantd.planner.simulate import LinkCost, StageCost, holders_of
 from confidantd.planner.workload import Form, Workload
 from confidantd.schedule.one_f_one_b import in_flight
 
@@ -60,8 +60,7 @@ class Partition:
     @property
     def holders(self) -> tuple[int, ...]:
         """For each stage the first one on its device: others than itself where it has two."""
-        devices = [device.id for device in self.devices]
-        return tuple(devices.index(device) for device in devices)
+        return holders_of([device.id for device in self.devices])
 
     @property
     def is_ring(self) -> bool:

@@ -106,11 +106,6 @@ class Plan:
     kept_seconds: float | None = None
     standstill_seconds: float = 0.0  # until it could replace them
 
-    def holders(self) -> list[int]:
-        """For each stage the first one on its device."""
-        devices = [stage.device for stage in self.stages]
-        return [devices.index(device) for device in devices]
-
     def to_json(self) -> dict[str, Any]:
         """The object of the command-line contract."""
         return {

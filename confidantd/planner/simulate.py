@@ -62,6 +62,11 @@ _RECEIVES = {receive for _, receive in _ARRIVES_AS.values()}
 _Frame = tuple[int, ActionKind, int]  # receiving stage, action, microbatch
 
 
+def holders_of(devices: Sequence[str]) -> tuple[int, ...]:
+    """For each stage, by the ids of the devices in order, the first stage on its device."""
+    return tuple(devices.index(device) for device in devices)
+
+
 class DeadlockError(ValueError):
     """Stages wait for each other for ever: the schedule is wrong."""
 
