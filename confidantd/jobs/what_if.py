@@ -30,12 +30,12 @@ from confidantd.config import parse_size
 from confidantd.errors import ConfigError, DeviceError, UsageError
 from confidantd.ids import DeviceId, digest_of
 from confidantd.jobs.plan_inputs import cut_requests, cuts_of
+from confidantd.jobs.request_checks import MOST_DEVICES
 from confidantd.planner.costs import PlanDevice
 from confidantd.planner.plan import Plan, choose_plan
 from confidantd.wire.jobs import PlanRequest
 from confidantd.wire.links import Link
 
-MOST_DEVICES = 512
 LISTED = 8  # names in a hint
 MOST_BYTES = 1024 * 1024  # of the file
 MAX_NAME_CHARACTERS = 64

@@ -137,21 +137,6 @@ class Plan:
         }
 
 
-def make_plan(
-    work: Workload,
-    devices: Sequence[PlanDevice],
-    owner: DeviceId,
-    *,
-    use_all: bool = False,
-    layers: tuple[int, ...] = (),
-    ends: OwnerEnds = "never",
-    explain: bool = False,
-) -> Plan:
-    """The plan for one way to cut the batch, as `choose_plan` makes it."""
-    cuts = (Cut(work, tuple(devices)),)
-    return choose_plan(cuts, owner, use_all=use_all, layers=layers, ends=ends, explained=explain)
-
-
 def choose_plan(
     cuts: Sequence[Cut],
     owner: DeviceId,

@@ -19,7 +19,6 @@ from confidantd.wire.resources import Resources
 PROTOCOL_VERSION = 2
 MAX_HELLO_BYTES = 16 * 1024
 MAX_NAME_CHARACTERS = 64
-MAX_METHOD_CHARACTERS = 64
 MAX_ADDRESSES = 16
 MAX_INSTANCE_CHARACTERS = 32
 MAX_TERM = 2**48  # far beyond any real election; a hostile one cannot overflow a reader

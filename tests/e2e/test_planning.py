@@ -16,11 +16,11 @@ from confidantd.jobs.options import PlanOptions
 from confidantd.jobs.plan_inputs import plan_workload
 from confidantd.jobs.setup import train_workload
 from confidantd.planner.costs import PlanDevice
-from confidantd.planner.plan import make_plan
 from tests import cpu_quota
 from tests.cpu_quota import quotas
 from tests.e2e.devices import Device, running, wait_until
 from tests.e2e.small_models import TEXT, byte_tokenizer
+from tests.unit.planner_support import make_plan
 
 SHAPE = {"batch_size": 4, "microbatches": 4, "sequence_length": 32}
 TOO_LARGE = 1.6  # times what one device has

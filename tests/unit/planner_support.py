@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 from confidantd.ids import DeviceId, digest_of
 from confidantd.planner.costs import PlanDevice
 from confidantd.planner.memory import stage_memory
+from confidantd.planner.microbatches import Cut
 from confidantd.planner.options import FORMS
 from confidantd.planner.partition import Partition, predicted_seconds
+from confidantd.planner.plan import Plan, choose_plan
 from confidantd.planner.workload import Method, Workload
+from confidantd.wire.jobs import OwnerEnds
 
 GIGABYTE = 1_000_000_000
 
@@ -104,3 +107,18 @@ def everything(
                     found = Partition(order, layers, forms, seconds)
                     if fits(work, found):
                         yield found
+
+
+def make_plan(
+    work: Workload,
+    devices: Sequence[PlanDevice],
+    owner: DeviceId,
+    *,
+    use_all: bool = False,
+    layers: tuple[int, ...] = (),
+    ends: OwnerEnds = "never",
+    explain: bool = False,
+) -> Plan:
+    """The plan for one way to cut the batch, as `choose_plan` makes it."""
+    cuts = (Cut(work, tuple(devices)),)
+    return choose_plan(cuts, owner, use_all=use_all, layers=layers, ends=ends, explained=explain)

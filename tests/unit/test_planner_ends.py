@@ -13,10 +13,9 @@ from confidantd.planner.costs import PlanDevice
 from confidantd.planner.ends import MOST_COST, both_ends
 from confidantd.planner.memory import stage_memory
 from confidantd.planner.partition import Partition, best_partition
-from confidantd.planner.plan import make_plan
 from confidantd.planner.score import simulated_seconds
 from confidantd.planner.workload import Form, Workload
-from tests.unit.planner_support import GIGABYTE, device, workload
+from tests.unit.planner_support import GIGABYTE, device, make_plan, workload
 
 
 def ring_of(work: Workload, devices: list[PlanDevice]) -> Partition | None:

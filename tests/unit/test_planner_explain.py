@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 
 from confidantd.planner.costs import PlanDevice
-from confidantd.planner.plan import Plan, make_plan, seconds_of
+from confidantd.planner.plan import Plan, seconds_of
 from confidantd.planner.workload import Workload
-from tests.unit.planner_support import device, workload
+from tests.unit.planner_support import device, make_plan, workload
 
 
 def explained(

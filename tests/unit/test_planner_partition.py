@@ -12,9 +12,16 @@ from confidantd.errors import DoesNotFitError
 from confidantd.ids import DeviceId
 from confidantd.planner.costs import PlanDevice
 from confidantd.planner.partition import best_partition, cost
-from confidantd.planner.plan import make_plan
 from confidantd.planner.workload import Workload
-from tests.unit.planner_support import GIGABYTE, SWARMS, device, everything, fits, workload
+from tests.unit.planner_support import (
+    GIGABYTE,
+    SWARMS,
+    device,
+    everything,
+    fits,
+    make_plan,
+    workload,
+)
 
 WORKLOADS = st.builds(
     workload,

@@ -11,9 +11,9 @@ import pytest
 
 from confidantd.errors import DeviceError, DoesNotFitError
 from confidantd.planner.costs import PlanDevice
-from confidantd.planner.plan import StagePlan, make_plan
+from confidantd.planner.plan import StagePlan
 from confidantd.planner.workload import Workload
-from tests.unit.planner_support import GIGABYTE, device, workload
+from tests.unit.planner_support import GIGABYTE, device, make_plan, workload
 
 
 def test_a_plan_has_the_keys_of_the_contract() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from confidantd.ids import DeviceId
 from confidantd.jobs.moving import exports, wanted
 from confidantd.models.stage_parts import EMBEDDING, HEAD, kept_parts, stage_parts
-from confidantd.planner.plan import StagePlan, make_plan
+from confidantd.planner.plan import StagePlan
 from confidantd.planner.replan import (
     FIRST_PAUSE_STEPS,
     STANDSTILL_SECONDS,
@@ -20,7 +20,7 @@ from confidantd.planner.replan import (
     standstill_seconds,
     worth_moving,
 )
-from tests.unit.planner_support import device, workload
+from tests.unit.planner_support import device, make_plan, workload
 
 PLANNED = {"0": 1.0, "1": 1.0}
 THROTTLED = {"0": 1.0, "1": 3.0}

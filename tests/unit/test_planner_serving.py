@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from confidantd.planner.costs import PlanDevice
 from confidantd.planner.memory import stage_memory
 from confidantd.planner.pace import NOTHING, round_before, round_behind, round_seconds
-from confidantd.planner.plan import make_plan
 from confidantd.planner.simulate import LinkCost
-from tests.unit.planner_support import GIGABYTE, SWARMS, device, workload
+from tests.unit.planner_support import GIGABYTE, SWARMS, device, make_plan, workload
 
 SECONDS = st.integers(0, 9).map(float)
 

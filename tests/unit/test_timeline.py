@@ -10,8 +10,7 @@ import pytest
 from confidantd.cli.timeline import COLOURS, draw
 from confidantd.errors import UsageError
 from confidantd.jobs.timeline import timeline
-from confidantd.planner.plan import make_plan
-from tests.unit.planner_support import device, workload
+from tests.unit.planner_support import device, make_plan, workload
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from confidantd.errors import ConfidantError, DeviceError, UsageError
 from confidantd.jobs.what_if import MOST_DEVICES, read_fleet
 from confidantd.planner.costs import PlanDevice, link_cost
-from confidantd.planner.plan import make_plan
-from tests.unit.planner_support import workload
+from tests.unit.planner_support import make_plan, workload
 
 PHONES = """
 mbps = 50
