@@ -106,6 +106,11 @@ class Run:
         return max((e["step"] for e in self.events if e["event"] == "step"), default=0)
 
     @property
+    def timed_steps(self) -> int:
+        """Of the last plan."""
+        return len(self._times)
+
+    @property
     def replanned_after(self) -> int | None:
         """The step after which the plan changed first."""
         found = [e["resumed_from_step"] for e in self.events if e["event"] == "replan"]

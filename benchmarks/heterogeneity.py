@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.fleet import Run, fleet, make_model, make_text, timed
@@ -18,9 +19,7 @@ from benchmarks.report import Claim, options, report
 from tests.e2e.devices import Device
 
 LENGTH = 128
-HIDDEN, COLUMNS = 256, 704
 UNEQUAL, EQUAL = (0.9, 0.9, 0.09), (0.45, 0.45, 0.45, 0.45)
-ALONE_MICROBATCHES = 8
 PAIR, THROTTLED_AFTER, STEPS_AFTER, REPLAN_SECONDS = (0.8, 0.8), 6, 8, 300.0
 STEPS_REACH, THROUGHPUT_REACH = 20, 0.85
 BOUND_REACH, EFFICIENCY_REACH, MISS_REACH = 0.90, 0.85, 0.10
@@ -32,14 +31,28 @@ def shape(microbatches: int) -> tuple[str, ...]:
     return ("--batch-size", count, "--microbatches", count, "--sequence-length", str(LENGTH))
 
 
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Of a model, and of its largest batch."""
+
+    hidden: int
+    columns: int
+    layers: int
+    microbatches: int
+
+
+# Many thin layers where a device gets a twentieth of them, fewer and wider ones elsewhere.
+THIN, WIDE = Size(384, 1056, 48, 64), Size(512, 1408, 20, 16)
+FEW = 8  # microbatches where a slow device has the whole model
+
+
 class Bench:
     """Jobs over the devices of one fleet."""
 
-    def __init__(self, folder: Path, devices: Sequence[Device], layers: int, most: int) -> None:
+    def __init__(self, folder: Path, devices: Sequence[Device], size: Size) -> None:
         self._folder, self._devices = folder, devices
-        self.layers = layers
-        self.model = make_model(folder / "model", HIDDEN, COLUMNS, layers)
-        self.text = make_text(folder / "text.txt", 2 * most * LENGTH)
+        self.model = make_model(folder / "model", size.hidden, size.columns, size.layers)
+        self.text = make_text(folder / "text.txt", 2 * size.microbatches * LENGTH)
         self._runs = 0
 
     def _output(self) -> Path:
@@ -62,33 +75,33 @@ class Bench:
         owner = self._devices[0]
         return timed(owner, self.model, self.text, self._output(), steps, *given)
 
-    def alone(self, steps: int) -> list[float]:
+    def alone(self, steps: int, microbatches: int) -> list[float]:
         """Seconds of a microbatch through the whole model on each device, all at work."""
         runs = [
             Run(
                 device, self.model, self.text, self._output(), "--steps", "1000",
-                *shape(ALONE_MICROBATCHES), "--devices", device.name,
+                *shape(microbatches), "--devices", device.name,
             )
             for device in self._devices
         ]  # fmt: skip
         try:
             for run in runs:
                 run.wait_for(steps)
-            return [run.step_seconds() / ALONE_MICROBATCHES for run in runs]
+            return [run.step_seconds() / microbatches for run in runs]
         finally:
             for run in runs:
                 run.end()
 
 
-def unequal(folder: Path, layers: int, microbatches: int, steps: int) -> Iterator[Claim]:
+def unequal(folder: Path, steps: int) -> Iterator[Claim]:
     """Three devices at speeds 10:10:1."""
+    microbatches, third = THIN.microbatches, THIN.layers // 3
     with fleet(folder, UNEQUAL) as (devices, _):
-        bench = Bench(folder, devices, layers, microbatches)
-        bench.together(ALONE_MICROBATCHES, 1)  # compiles and measures
-        alone = bench.alone(steps)
-        third = layers // 3
-        equal = bench.together(16, steps, (layers - 2 * third, third, third))
+        bench = Bench(folder, devices, THIN)
+        bench.together(FEW, 1)  # compiles and measures
         planned = bench.together(microbatches, steps)
+        alone = bench.alone(3, FEW)
+        equal = bench.together(16, 3, (third, third, third))
     speeds = [1 / seconds for seconds in alone]
     bound = sum(speeds) / (len(speeds) * min(speeds))
     gain = (equal.step_seconds() / 16) / (planned.step_seconds() / microbatches)
@@ -103,13 +116,14 @@ def unequal(folder: Path, layers: int, microbatches: int, steps: int) -> Iterato
     yield predicted("speeds 10:10:1", planned)
 
 
-def equal(folder: Path, layers: int, microbatches: int, steps: int) -> Iterator[Claim]:
+def equal(folder: Path, steps: int) -> Iterator[Claim]:
     """Four equal devices."""
+    microbatches = WIDE.microbatches
     with fleet(folder, EQUAL) as (devices, _):
-        bench = Bench(folder, devices, layers, microbatches)
-        bench.together(ALONE_MICROBATCHES, 1)
-        alone = bench.alone(steps)
+        bench = Bench(folder, devices, WIDE)
+        bench.together(FEW, 1)
         planned = bench.together(microbatches, steps)
+        alone = bench.alone(3, microbatches)
     speed = sum(1 / seconds for seconds in alone)
     bubble = (len(alone) - 1 + microbatches) / microbatches
     ideal = microbatches / speed * bubble
@@ -122,12 +136,12 @@ def equal(folder: Path, layers: int, microbatches: int, steps: int) -> Iterator[
     yield predicted("four equal devices", planned)
 
 
-def throttled(folder: Path, layers: int, microbatches: int) -> Iterator[Claim]:
+def throttled(folder: Path) -> Iterator[Claim]:
     """One of two equal devices falls to a third of its speed in the middle of a job."""
     with fleet(folder, PAIR) as (devices, groups):
-        bench = Bench(folder, devices, layers, microbatches)
-        bench.together(ALONE_MICROBATCHES, 1)
-        run = bench.begin(microbatches)
+        bench = Bench(folder, devices, WIDE)
+        bench.together(FEW, 1)
+        run = bench.begin(WIDE.microbatches)
         try:
             run.wait_for(THROTTLED_AFTER)
             before = run.step_seconds()
@@ -135,11 +149,11 @@ def throttled(folder: Path, layers: int, microbatches: int) -> Iterator[Claim]:
             slow = run.steps
             run.wait_until(lambda: run.replanned_after is not None, REPLAN_SECONDS)
             replanned = run.replanned_after or 0
-            run.wait_for(replanned + STEPS_AFTER)
+            run.wait_until(lambda: run.timed_steps > STEPS_AFTER, REPLAN_SECONDS)
             after = run.step_seconds()
         finally:
             run.end()
-        best = bench.together(microbatches, STEPS_AFTER).step_seconds()
+        best = bench.together(WIDE.microbatches, STEPS_AFTER).step_seconds()
     yield Claim(
         "a stage at a third of its speed, steps until it is replanned", replanned - slow,
         STEPS_REACH, "steps", f"step of {before:.2f} s before, {after:.2f} s after",
@@ -163,11 +177,11 @@ def claims(*, quick: bool) -> Iterator[Claim]:
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
         if quick:
-            yield from equal(base / "equal", 8, 16, 3)
+            yield from equal(base / "equal", 3)
             return
-        yield from unequal(base / "unequal", 21, 64, 4)
-        yield from equal(base / "equal", 20, 16, 8)
-        yield from throttled(base / "throttled", 20, 16)
+        yield from unequal(base / "unequal", 4)
+        yield from equal(base / "equal", 8)
+        yield from throttled(base / "throttled")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Links of 10, 50 and 200 Mbit/s: the plan changes with them, and steps take what it says.
 
 Run from the project's folder, as root: `python -m benchmarks.links`. Three equal devices are
-daemons in network namespaces with shaped links and in control groups with 0.6 of a core
+daemons in network namespaces with shaped links and in control groups with 0.45 of a core
 each. At each rate the job runs as planned, and over one, two and three devices as asked for.
 """
 
@@ -20,7 +20,7 @@ from tests.cpu_quota import quotas
 from tests.e2e.devices import Device, running, wait_until
 from tests.lan.namespaces import Lan
 
-RATES, DEVICES, SHARE = (10.0, 50.0, 200.0), 3, 0.6
+RATES, DEVICES, SHARE = (10.0, 50.0, 200.0), 3, 0.45
 HIDDEN, COLUMNS, LAYERS = 192, 512, 6
 MICROBATCHES, LENGTH, STEPS = 32, 128, 5
 LINKS_SECONDS = 60.0

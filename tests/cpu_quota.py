@@ -1,7 +1,8 @@
 """Slow devices on one machine: control groups that give processes a share of one core.
 
-The period is short, so that a step sees the mean. Needs root and the `cpu` controller
-(version 1 or 2).
+The period is short, so that a step sees the mean, and each device stays on one processor: the
+threads of a group on several of them take its quota from each other for periods on end. Needs
+root and the `cpu` controller (version 1 or 2).
 """
 
 from __future__ import annotations
@@ -9,17 +10,20 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path("/sys/fs/cgroup")
-PERIOD_US, LEAST_US = 20_000, 1_000
+PERIOD_US, LEAST_US = 12_000, 1_000
 
 
 class CpuQuota:
-    """One group; processes started by `prefix` and their children are in it."""
+    """One group; processes started by `prefix` and their children are in it, on one processor
+    if that is given.
+    """
 
-    def __init__(self, share: float | None = None) -> None:
+    def __init__(self, share: float | None = None, processor: int | None = None) -> None:
+        self._pinned = () if processor is None else ("taskset", "--cpu-list", str(processor))
         name = f"confidant-{os.getpid()}-{secrets.token_hex(3)}"
         self._second = (ROOT / "cgroup.controllers").exists()
         self._path = (ROOT if self._second else ROOT / "cpu") / name
@@ -30,7 +34,7 @@ class CpuQuota:
     def prefix(self) -> tuple[str, ...]:
         """In front of a command line: run it in this group."""
         procs = self._path / "cgroup.procs"
-        return ("sh", "-c", f'echo $$ > {procs} && exec "$@"', "sh")
+        return ("sh", "-c", f'echo $$ > {procs} && exec "$@"', "sh", *self._pinned)
 
     def set(self, share: float | None) -> None:
         """So many cores from now on; None for no limit."""
@@ -59,7 +63,20 @@ def available() -> bool:
 def quotas(*shares: float | None) -> Iterator[list[CpuQuota]]:
     """Some groups, removed at the end."""
     with contextlib.ExitStack() as stack:
-        made = [CpuQuota(share) for share in shares]
-        for quota in made:
-            stack.callback(quota.close)
+        made = []
+        for share, processor in zip(shares, _processors(shares), strict=True):
+            made.append(CpuQuota(share, processor))
+            stack.callback(made[-1].close)
         yield made
+
+
+def _processors(shares: Sequence[float | None]) -> list[int | None]:
+    """For each device the emptiest processor; None for one that fits on none."""
+    taken = dict.fromkeys(sorted(os.sched_getaffinity(0)), 0.0)
+    found: list[int | None] = []
+    for share in shares:
+        emptiest = min(taken, key=lambda processor: taken[processor])
+        fits = share is not None and taken[emptiest] + share <= 1.0
+        found.append(emptiest if fits else None)
+        taken[emptiest] += share or 1.0
+    return found

@@ -1,14 +1,11 @@
-"""`python -m confidantd.engine.block_speed QUESTION ANSWER`: what blocks of a shape take here.
+"""What blocks of a shape take on this device: the stages that jobs run, on random weights.
 
-In a process of its own, so that memory returns and the daemon never loads onnxruntime. It
-runs the stages that jobs run, on random weights: one block in both forms, the head, the
-embedding and the optimizer, each for a while.
+One block in both forms, the head, the embedding and the optimizer, each for a while, and what
+a block loses to the activations that pass through the device meanwhile.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -21,28 +18,31 @@ from numpy.typing import NDArray
 from confidantd.engine.decode_stage import DecodeStage
 from confidantd.engine.tensors import Floats, Reader
 from confidantd.engine.train_stage import TrainStage
-from confidantd.errors import ConfidantError, DoesNotFitError
 from confidantd.models.spec import Form, ProgramRequest
 from confidantd.models.tensors import block_sources, embedding_sources, head_sources
-from confidantd.wire.codec import from_map, to_map
 from confidantd.wire.speeds import Speeds
 from confidantd.wire.stage import StageSpec
 
 # The mean of so many runs and over so long at least, after one that also fills memory: a device
 # that is throttled or shared does nothing for some ms again and again, which belongs to it.
 ROUNDS, WINDOW_SECONDS = 3, 0.25
+PARTS = 5  # of what is measured for training, for its progress
 PAST = 64  # positions in the cache before them
 SOME_FLOATS = 1 << 20  # random numbers, repeated: to draw a whole table takes seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What is measured, with the programs in files; `ends`: the head and the embedding too."""
+    """What is measured, with the programs in files; `ends`: the head and the embedding too.
+
+    `traffic` gives the seconds that a message between stages takes from work it is given.
+    """
 
     request: ProgramRequest
     programs: Mapping[str, Path]
     threads: int
     ends: bool
+    traffic: Callable[[Callable[[], None]], float]
 
     def speeds(self, progress: Callable[[int, int], None]) -> Speeds:
         """All of it."""
@@ -51,29 +51,34 @@ class Bench:
         return self._training(progress)
 
     def _training(self, progress: Callable[[int, int], None]) -> Speeds:
-        progress(0, 4)
+        progress(0, PARTS)
         saved = self._stage(blocks=1)
         forward, backward = _passes(saved, *self._hidden())
         update = self._update(saved)
+        progress(1, PARTS)
+        message = self.traffic(self._block_work(saved))
         del saved
-        progress(1, 4)
+        progress(2, PARTS)
         again = _passes(self._stage(blocks=1, form="recompute"), *self._hidden())
-        progress(2, 4)
+        progress(3, PARTS)
         head = self._head() if self.ends else None
-        progress(3, 4)
+        progress(4, PARTS)
         embedding = self._embedding() if self.ends and self.request.method == "full" else 0.0
-        progress(4, 4)
-        return Speeds(forward, backward, *again, head, embedding, update)
+        progress(PARTS, PARTS)
+        return Speeds(forward, backward, *again, head, embedding, update, message)
 
-    def _update(self, stage: TrainStage) -> float:
-        """Seconds per parameter; a step that follows no backward would have nothing to do."""
+    def _block_work(self, stage: TrainStage) -> Callable[[], None]:
         x, dy = self._hidden()
 
-        def gradients() -> None:
+        def work() -> None:
             stage.forward(0, x)
             stage.backward(0, dy)
 
-        seconds = _mean(lambda: stage.step(1e-4, 1.0), before=gradients)
+        return work
+
+    def _update(self, stage: TrainStage) -> float:
+        """Seconds per parameter; a step that follows no backward would have nothing to do."""
+        seconds = _mean(lambda: stage.step(1e-4, 1.0), before=self._block_work(stage))
         return seconds / max(stage.trained_parameters(), 1)
 
     def _hidden(self) -> tuple[Floats, Floats]:
@@ -193,32 +198,3 @@ def _some(shape: tuple[int, ...]) -> Floats:
     """Small random numbers of either sign."""
     numbers = np.random.default_rng(1).standard_normal(SOME_FLOATS, np.float32)
     return np.resize(numbers * np.float32(0.02), shape)
-
-
-def main(question: Path, answer: Path) -> int:
-    """Exit status 0 if the answer is written, else 1 and an error line."""
-    fields = json.loads(question.read_text())
-    try:
-        bench = Bench(
-            from_map(ProgramRequest, fields["request"]),
-            {name: Path(path) for name, path in fields["programs"].items()},
-            int(fields["threads"]),
-            bool(fields["ends"]),
-        )
-        found = bench.speeds(lambda done, of: _say({"progress": "blocks", "done": done, "of": of}))
-    except ConfidantError as failure:
-        _say({"error": failure.to_wire()})
-        return 1
-    except MemoryError:
-        _say({"error": DoesNotFitError("there is no memory to measure a block").to_wire()})
-        return 1
-    answer.write_text(json.dumps(to_map(found)))
-    return 0
-
-
-def _say(message: dict[str, Any]) -> None:
-    print(json.dumps(message), flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -110,6 +110,8 @@ class SpeedMeasuring:
             "request": to_map(message.request),
             "programs": {name: str(path) for name, path in programs.items()},
             "threads": self._threads,
+            "home": str(self._home),
+            "device": self._peers.self_id,
             "ends": 2 * PARAMETER_BYTES * embedding_parameters(model) < room,
         }
         folder = await asyncio.to_thread(self._folder, question)
@@ -130,7 +132,7 @@ class SpeedMeasuring:
     async def _run(self, folder: Path) -> Speeds:
         answer = folder / "answer.json"
         await run_module(
-            "confidantd.engine.block_speed",
+            "confidantd.worker.measure",
             [str(folder / "question.json"), str(answer)],
             self._home / "logs" / "measure.log",
             lambda _: None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from confidantd.errors import ConfidantError, StorageError
@@ -105,9 +105,9 @@ class SpeedBook:
 
 
 def _seconds(place: StageAssignment, speeds: Speeds) -> float:
-    """What a stage takes for one microbatch by these speeds."""
+    """What a stage computes for one microbatch by these speeds."""
     spec = place.spec
-    device = PlanDevice(place.source, "", 0, 0.0, speeds=speeds)
+    device = PlanDevice(place.source, "", 0, 0.0, speeds=replace(speeds, message=0.0))
     layers = spec.past_last_layer - spec.first_layer
     cost = stage_cost(
         assignment_workload(place), device, layers,

@@ -125,8 +125,10 @@ def _watch(launched: Launched) -> Watch:
 
 
 def _cost(planned: StagePlan, step: StepDone) -> StageCost:
-    """What a stage took, with the planned time of the optimizer: the measured one has a wait in
-    it.
+    """What a stage took, with the planned time of the optimizer, whose measured one has a wait in
+    it, and of the messages, which are sent beside what is computed.
     """
-    forward, backward = step.mean_seconds("forward"), step.mean_seconds("backward")
-    return StageCost(forward, backward, planned.update_seconds)
+    messages = planned.message_seconds
+    forward = step.mean_seconds("forward") + messages
+    backward = step.mean_seconds("backward") + messages
+    return StageCost(forward, backward, planned.update_seconds, messages)

@@ -30,6 +30,8 @@ UPDATE_FLOPS = 120.0  # AdamW is bound by memory: of one parameter it takes as l
 # backward, and for each parameter that is read, or whose gradient is written, 40 to 80.
 CALL_FLOPS = 4e7
 MOVE_FLOPS = 60.0
+# Sending or receiving an activation, likewise: 0.2 ms and 0.5 ns a byte on a core of 80 GFLOP/s.
+MESSAGE_FLOPS, MESSAGE_BYTE_FLOPS = 1.6e7, 40.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,8 @@ def stage_cost(
 ) -> StageCost:
     """Seconds of forward and backward of one microbatch in training, and of the optimizer.
 
-    A head that was not measured runs at the blocks' pace.
+    A head that was not measured runs at the blocks' pace. A stage receives from the one before
+    it and sends to the one behind it in a forward, and in a backward the other way.
     """
     speeds = device.speeds or assumed_speeds(work, device.gflops or ASSUMED_GFLOPS)
     forward, backward = block_seconds(speeds, "saved" if work.method is None else form)
@@ -95,7 +98,13 @@ def stage_cost(
     elif head and speeds.head is not None:
         ends += speeds.head
     trained = trained_parameters(work, layers, embedding=embedding, head=head)
-    return StageCost(layers * forward, layers * backward + ends, trained * speeds.update)
+    messages = speeds.message * ((not embedding) + (not head))
+    return StageCost(
+        layers * forward + messages,
+        layers * backward + ends + messages,
+        trained * speeds.update,
+        messages,
+    )
 
 
 def assumed_speeds(work: Workload, gflops: float) -> Speeds:
@@ -119,6 +128,7 @@ def assumed_speeds(work: Workload, gflops: float) -> Speeds:
         head=pace * (head_flops(work) + _run_flops((passes - 1) * work.head_parameters)),
         embedding=pace * _run_flops(2 * table) if table else 0.0,
         update=pace * UPDATE_FLOPS,
+        message=pace * (MESSAGE_FLOPS + MESSAGE_BYTE_FLOPS * work.activation_bytes),
     )
 
 

@@ -52,6 +52,7 @@ class StagePlan:
     cpu_only: bool = False
     forward_seconds: float = 0.0  # of a microbatch; the rest of `seconds` is its backward
     update_seconds: float = 0.0  # of the optimizer, once a step
+    message_seconds: float = 0.0  # of its forward and again of its backward: to pass them on
     measured: bool = False  # on blocks of this shape, on this device
 
 
@@ -324,6 +325,7 @@ def _stage(work: Workload, found: Partition, index: int, first: int, taken: int)
         cpu_only=bool(others) and not providers,
         forward_seconds=cost.forward,
         update_seconds=cost.update,
+        message_seconds=cost.messages,
         measured=device.speeds is not None,
     )
 
@@ -391,6 +393,7 @@ def _stage_json(stage: StagePlan) -> dict[str, Any]:
         "seconds": stage.seconds,
         "forward_seconds": stage.forward_seconds,
         "update_seconds": stage.update_seconds,
+        "message_seconds": stage.message_seconds,
         "measured": stage.measured,
         "form": stage.form,
         "backends": [

@@ -20,11 +20,16 @@ Schedule = Callable[[int, int, int], tuple[Action, ...]]
 
 @dataclass(frozen=True, slots=True)
 class StageCost:
-    """Seconds of one microbatch on a stage, and of what follows the last one (optimizer)."""
+    """Seconds of one microbatch on a stage, and of what follows the last one (optimizer).
+
+    `messages` is the part of a forward, and of a backward, that its messages to and from other
+    stages take.
+    """
 
     forward: float
     backward: float
     update: float = 0.0
+    messages: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import enum
 import functools
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import msgpack
@@ -45,10 +45,15 @@ def unpack(data: bytes | memoryview, *, max_bytes: int = MAX_MESSAGE_BYTES) -> d
 
 def to_map(value: Any) -> dict[str, Any]:
     """The fields of a dataclass, nested dataclasses and enums turned into plain values."""
-    return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return {name: _plain(getattr(value, name)) for name in _field_names(value.__class__)}
+
+
+_ATOMS = frozenset({int, float, str, bytes, bool, type(None)})
 
 
 def _plain(value: Any) -> Any:
+    if value.__class__ in _ATOMS:
+        return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return to_map(value)
     if isinstance(value, enum.Enum):
@@ -60,106 +65,148 @@ def _plain(value: Any) -> Any:
     return value
 
 
+@functools.cache
+def _field_names(cls: type[Any]) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(cls))
+
+
 def from_map(cls: type[_T], fields: Any, _depth: int = 0) -> _T:
     """An instance of the dataclass `cls`; `ProtocolError` names the first field that is wrong."""
     if not isinstance(fields, Mapping):
         raise ProtocolError(f"{cls.__name__}: expected a map")
     if _depth > _MAX_DEPTH:
         raise ProtocolError(f"{cls.__name__}: nested too deeply")
-    hints = _hints(typing.cast("Any", cls))
-    unknown = set(fields) - set(hints)
-    if unknown:
-        raise ProtocolError(f"{cls.__name__}: unknown field {min(map(str, unknown))[:40]!r}")
+    readers = _readers(typing.cast("Any", cls))
+    if not fields.keys() <= readers.keys():
+        unknown = min(map(str, set(fields) - set(readers)))
+        raise ProtocolError(f"{cls.__name__}: unknown field {unknown[:40]!r}")
     values = {}
-    for field in dataclasses.fields(typing.cast("Any", cls)):
-        if field.name in fields:
-            where = f"{cls.__name__}.{field.name}"
-            values[field.name] = _typed(hints[field.name], fields[field.name], where, _depth + 1)
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise ProtocolError(f"{cls.__name__}: field {field.name!r} is missing")
+    for name, (read, required) in readers.items():
+        if name in fields:
+            values[name] = read(fields[name], _depth + 1)
+        elif required:
+            raise ProtocolError(f"{cls.__name__}: field {name!r} is missing")
     return cls(**values)
 
 
+# Frames and messages are read all the time, so what a type asks of a value is worked out once:
+# a reader takes a value and how deep it stands, and gives what the field holds.
+_Reader = Callable[[Any, int], Any]
+
+
 @functools.cache
-def _hints(cls: Any) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+def _readers(cls: Any) -> dict[str, tuple[_Reader, bool]]:
+    """For each field its reader, and whether it must be there."""
+    hints, found = typing.get_type_hints(cls), {}
+    for field in dataclasses.fields(cls):
+        defaults = (field.default, field.default_factory)
+        required = all(default is dataclasses.MISSING for default in defaults)
+        found[field.name] = _reader(hints[field.name], f"{cls.__name__}.{field.name}"), required
+    return found
 
 
-def _typed(hint: Any, value: Any, where: str, depth: int) -> Any:
-    hint = _without_newtype(hint)
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return _one_of(typing.get_args(hint), value, where, depth)
-    if origin is typing.Literal:
-        if value in typing.get_args(hint):
-            return value
-    elif origin is tuple:
-        return _tuple(typing.get_args(hint), value, where, depth)
-    elif origin is dict and isinstance(value, Mapping):
-        return _dict(typing.get_args(hint), value, where, depth)
-    elif isinstance(hint, type):
-        return _plain_type(hint, value, where, depth)
-    elif hint is Any:
-        return value
-    raise ProtocolError(f"{where}: wrong value")
-
-
-def _without_newtype(hint: Any) -> Any:
+def _reader(hint: Any, where: str) -> _Reader:
     while isinstance(hint, typing.NewType):
         hint = hint.__supertype__
-    return hint
-
-
-def _dict(
-    hints: tuple[Any, ...], value: Mapping[Any, Any], where: str, depth: int
-) -> dict[Any, Any]:
-    key_hint, item_hint = hints
-    return {
-        _typed(key_hint, key, where, depth + 1): _typed(item_hint, item, where, depth + 1)
-        for key, item in value.items()
-    }
-
-
-def _plain_type(hint: type[Any], value: Any, where: str, depth: int) -> Any:
-    if hint is Any:  # a class since Python 3.11
-        return value
+    origin = typing.get_origin(hint)
+    if origin in _GENERIC:
+        return _GENERIC[origin](typing.get_args(hint), where)
+    if hint is Any:
+        return lambda value, _: value
     if dataclasses.is_dataclass(hint):
-        return from_map(hint, value, depth)
-    return _scalar(hint, value, where)
+        return functools.partial(from_map, typing.cast("type[Any]", hint))
+    if isinstance(hint, type):
+        return _enum(hint, where) if issubclass(hint, enum.Enum) else _scalar(hint, where)
+    raise TypeError(f"{where}: no message can carry {hint}")
 
 
-def _scalar(hint: type[Any], value: Any, where: str) -> Any:
-    if issubclass(hint, enum.Enum):
+def _literal(options: tuple[Any, ...], where: str) -> _Reader:
+    def read(value: Any, _: int) -> Any:
+        if value in options:
+            return value
+        raise ProtocolError(f"{where}: wrong value")
+
+    return read
+
+
+def _enum(cls: type[enum.Enum], where: str) -> _Reader:
+    def read(value: Any, _: int) -> Any:
         try:
-            return hint(value)
+            return cls(value)
         except ValueError:
             raise ProtocolError(f"{where}: unknown value") from None
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
-        return value
-    raise ProtocolError(f"{where}: expected {hint.__name__}, got {type(value).__name__}")
+
+    return read
 
 
-def _one_of(options: tuple[Any, ...], value: Any, where: str, depth: int) -> Any:
-    if value is None and type(None) in options:
-        return None
-    failure = ProtocolError(f"{where}: wrong value")
-    for option in options:
-        if option is type(None):
-            continue
-        try:
-            return _typed(option, value, where, depth)
-        except ProtocolError as caught:
-            failure = caught
-    raise failure
+def _scalar(cls: type[Any], where: str) -> _Reader:
+    def read(value: Any, _: int) -> Any:
+        if value.__class__ is cls:
+            return value
+        if cls is float and value.__class__ is int:
+            return float(value)
+        raise ProtocolError(f"{where}: expected {cls.__name__}, got {type(value).__name__}")
+
+    return read
 
 
-def _tuple(hints: tuple[Any, ...], value: Any, where: str, depth: int) -> tuple[Any, ...]:
-    if not isinstance(value, tuple | list):
-        raise ProtocolError(f"{where}: expected a list")
-    if len(hints) == 2 and hints[1] is Ellipsis:
-        return tuple(_typed(hints[0], item, where, depth + 1) for item in value)
-    if len(hints) != len(value):
-        raise ProtocolError(f"{where}: expected {len(hints)} items, got {len(value)}")
-    return tuple(_typed(h, item, where, depth + 1) for h, item in zip(hints, value, strict=True))
+def _dict(options: tuple[Any, ...], where: str) -> _Reader:
+    read_key, read_item = (_reader(option, where) for option in options)
+
+    def read(value: Any, depth: int) -> Any:
+        if not isinstance(value, Mapping):
+            raise ProtocolError(f"{where}: wrong value")
+        return {read_key(k, depth + 1): read_item(item, depth + 1) for k, item in value.items()}
+
+    return read
+
+
+def _one_of(options: tuple[Any, ...], where: str) -> _Reader:
+    readers = [_reader(option, where) for option in options if option is not type(None)]
+    optional = type(None) in options
+
+    def read(value: Any, depth: int) -> Any:
+        if value is None and optional:
+            return None
+        failure = ProtocolError(f"{where}: wrong value")
+        for one in readers:
+            try:
+                return one(value, depth)
+            except ProtocolError as caught:
+                failure = caught
+        raise failure
+
+    return read
+
+
+def _tuple(options: tuple[Any, ...], where: str) -> _Reader:
+    if len(options) == 2 and options[1] is Ellipsis:
+        return _list(_reader(options[0], where), where)
+    readers = [_reader(option, where) for option in options]
+
+    def read(value: Any, depth: int) -> Any:
+        if not isinstance(value, tuple | list):
+            raise ProtocolError(f"{where}: expected a list")
+        if len(readers) != len(value):
+            raise ProtocolError(f"{where}: expected {len(readers)} items, got {len(value)}")
+        return tuple(one(item, depth + 1) for one, item in zip(readers, value, strict=True))
+
+    return read
+
+
+def _list(read_item: _Reader, where: str) -> _Reader:
+    def read(value: Any, depth: int) -> Any:
+        if not isinstance(value, tuple | list):
+            raise ProtocolError(f"{where}: expected a list")
+        return tuple(read_item(item, depth + 1) for item in value)
+
+    return read
+
+
+_GENERIC: Mapping[Any, Callable[[tuple[Any, ...], str], _Reader]] = {
+    typing.Union: _one_of,
+    types.UnionType: _one_of,
+    typing.Literal: _literal,
+    tuple: _tuple,
+    dict: _dict,
+}

@@ -25,7 +25,7 @@ class FrameKind(enum.Enum):
     """What a frame carries."""
 
     HELLO = "hello"  # first frame on a link: who dialled (no payload)
-    CREDIT = "credit"  # one frame of that link was used: one more may come (no payload)
+    CREDIT = "credit"  # some frames of that link were used: as many may come (no payload)
     ACTIVATION = "activation"  # forward, [b, S, D]
     GRADIENT = "gradient"  # backward, [b, S, D]
     TIED_GRADIENT = "tied-gradient"  # [V, D], between the two ends of a tied embedding

@@ -12,7 +12,8 @@ class Speeds:
     `forward` and `backward` are one block's in the saved form, `forward_again` and
     `backward_again` in the recompute form. `head` is both passes of the model's head,
     None where there was no memory to measure it; `embedding` both of the embedding.
-    `update` is AdamW's seconds per trained parameter. Generation has forwards only.
+    `update` is AdamW's seconds per trained parameter. `message` is what sending or receiving
+    an activation takes from what the device computes. Generation has forwards only.
     """
 
     forward: float
@@ -22,3 +23,4 @@ class Speeds:
     head: float | None = None
     embedding: float = 0.0
     update: float = 0.0
+    message: float = 0.0

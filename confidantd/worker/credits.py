@@ -11,6 +11,7 @@ from confidantd.wire.frames import FrameKind
 # Kinds that a fast stage could pile up at a slow one; the others come once a step.
 CONTROLLED = frozenset({FrameKind.ACTIVATION, FrameKind.GRADIENT, FrameKind.HIDDEN})
 LEAST_WINDOW = 16
+RETURNED_AT_ONCE = 4  # one credit frame for so many used frames: each costs as much as a small one
 
 
 def window(stages: int) -> int:
@@ -18,16 +19,18 @@ def window(stages: int) -> int:
 
     1F1B has at most `stages` unused activations and as many gradients between two
     neighbours, so training never waits here, which could deadlock; only evaluation
-    and prefill, which go one way, are held back.
+    and prefill, which go one way, are held back. Beside them stand used frames whose credits
+    are not returned yet.
     """
-    return max(LEAST_WINDOW, 2 * stages)
+    return max(LEAST_WINDOW, 2 * stages + RETURNED_AT_ONCE)
 
 
 class Credits:
-    """Credits of one sender for one link."""
+    """Credits of one sender for one link; and those that it owes the other side."""
 
     def __init__(self, count: int) -> None:
         self._count = count
+        self._used = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._failure: ConfidantError | None = None
 
@@ -43,7 +46,16 @@ class Credits:
         await waiter
 
     def release(self) -> None:
-        """The receiver has used a frame."""
+        """The receiver has used some frames."""
+        for _ in range(RETURNED_AT_ONCE):
+            self._release_one()
+
+    def use(self) -> bool:
+        """A frame of the other side was used; whether it is time to return credits."""
+        self._used = (self._used + 1) % RETURNED_AT_ONCE
+        return self._used == 0
+
+    def _release_one(self) -> None:
         while self._waiting:
             waiter = self._waiting.popleft()
             if not waiter.done():

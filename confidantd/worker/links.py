@@ -140,9 +140,9 @@ class Links:
         await link.send(encode_frame(frame, payload))
 
     async def used(self, frame: Frame) -> None:
-        """Tell the sender of a received frame that it was taken from the inbox."""
+        """A received frame was taken from the inbox: tell its sender, now or with later ones."""
         link = self._links.get(frame.stage)
-        if frame.kind in CONTROLLED and link is not None:
+        if frame.kind in CONTROLLED and link is not None and link.credits.use():
             credit = Frame(self._job, self._epoch, FrameKind.CREDIT, self._stage, 0, 0)
             await link.send(encode_frame(credit))
 

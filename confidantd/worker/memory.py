@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import re
 import resource
@@ -17,8 +18,9 @@ from confidantd.wire.stage import StageAssignment
 
 _HIGH_WATER = re.compile(r"^VmHWM:\s+(\d+) kB$", re.MULTILINE)
 # A phone's core fills 2 GB of fresh memory a second, so a stage is at most 40 MB too large
-# when it is seen. A look takes 15 microseconds.
-WATCH_SECONDS = 0.02
+# when it is seen. The farther away the limit, the less often it is looked at.
+LEAST_WATCH_SECONDS, MOST_WATCH_SECONDS = 0.02, 0.5
+FILLS_BYTES_PER_SECOND = 2e9
 MEGABYTE = 1e6
 
 
@@ -38,9 +40,13 @@ def peak_memory_bytes() -> int:
 def memory_bytes() -> int:
     """Resident set of this process now; where the system does not tell, its largest so far."""
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        statm = os.open("/proc/self/statm", os.O_RDONLY)
     except OSError:
         return peak_memory_bytes()
+    try:
+        pages = int(os.read(statm, 100).split()[1])
+    finally:
+        os.close(statm)
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -93,8 +99,12 @@ class MemoryWatch:
             self._thread.join()
 
     def _run(self) -> None:
-        while not self._over.wait(WATCH_SECONDS):
+        wait = LEAST_WATCH_SECONDS
+        while not self._over.wait(wait):
             used, limit = memory_bytes(), self.limit_bytes
             if limit and used > limit:
                 self._too_much(used)
                 return
+            free = limit - used if limit else math.inf
+            soonest = free / FILLS_BYTES_PER_SECOND
+            wait = min(max(LEAST_WATCH_SECONDS, soonest), MOST_WATCH_SECONDS)
