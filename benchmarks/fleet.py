@@ -80,7 +80,7 @@ class Run:
             event = json.loads(line)
             with self._heard:
                 self.events.append(event)
-                if event["event"] == "plan":
+                if event["event"] in ("plan", "replan"):
                     self._times.clear()  # steps of another plan are no measure of this one
                 if event["event"] == "step":
                     self._times.append(time.monotonic())

@@ -21,12 +21,12 @@ from tests.e2e.devices import Device, running, wait_until
 from tests.lan.namespaces import Lan
 
 RATES, DEVICES, SHARE = (10.0, 50.0, 200.0), 3, 0.45
-HIDDEN, COLUMNS, LAYERS = 192, 512, 6
-MICROBATCHES, LENGTH, STEPS = 32, 128, 5
+HIDDEN, COLUMNS, LAYERS = 384, 1056, 6
+MICROBATCHES, SEQUENCES, LENGTH, STEPS = 16, 2, 128, 4
 LINKS_SECONDS = 60.0
 MISS_REACH, BEST_REACH = 0.15, 1.05
 SHAPE = (
-    "--batch-size", str(MICROBATCHES), "--microbatches", str(MICROBATCHES),
+    "--batch-size", str(SEQUENCES * MICROBATCHES), "--microbatches", str(MICROBATCHES),
     "--sequence-length", str(LENGTH), "--owner-ends", "never",
 )  # fmt: skip
 
@@ -63,7 +63,7 @@ def measured(folder: Path, mbit: float, steps: int) -> tuple[Run, dict[int, floa
     """The planned run, and the steps over each number of devices."""
     with network(folder, mbit) as devices:
         model = make_model(folder / "model", HIDDEN, COLUMNS, LAYERS)
-        text = make_text(folder / "text.txt", 2 * MICROBATCHES * LENGTH)
+        text = make_text(folder / "text.txt", 2 * SEQUENCES * MICROBATCHES * LENGTH)
         owner, found = devices[0], {}
         for count in range(1, DEVICES + 1):
             names = ",".join(device.name for device in devices[:count])

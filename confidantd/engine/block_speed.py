@@ -19,13 +19,20 @@ from confidantd.engine.decode_stage import DecodeStage
 from confidantd.engine.tensors import Floats, Reader
 from confidantd.engine.train_stage import TrainStage
 from confidantd.models.spec import Form, ProgramRequest
-from confidantd.models.tensors import block_sources, embedding_sources, head_sources
+from confidantd.models.tensors import (
+    block_parameters,
+    block_sources,
+    embedding_sources,
+    head_sources,
+)
+from confidantd.planner.workload import FLOAT_BYTES
 from confidantd.wire.speeds import Speeds
 from confidantd.wire.stage import StageSpec
 
 # The mean of so many runs and over so long at least, after one that also fills memory: a device
 # that is throttled or shared does nothing for some ms again and again, which belongs to it.
 ROUNDS, WINDOW_SECONDS = 3, 0.25
+CACHE_BYTES = 16_000_000  # more than the last level's part of one core, on most
 PARTS = 5  # of what is measured for training, for its progress
 PAST = 64  # positions in the cache before them
 SOME_FLOATS = 1 << 20  # random numbers, repeated: to draw a whole table takes seconds
@@ -52,20 +59,28 @@ class Bench:
 
     def _training(self, progress: Callable[[int, int], None]) -> Speeds:
         progress(0, PARTS)
-        saved = self._stage(blocks=1)
-        forward, backward = _passes(saved, *self._hidden())
+        blocks = self._blocks()
+        saved = self._stage(blocks=blocks)
+        forward, backward = _passes(saved, *self._hidden(), blocks)
         update = self._update(saved)
         progress(1, PARTS)
         message = self.traffic(self._block_work(saved))
         del saved
         progress(2, PARTS)
-        again = _passes(self._stage(blocks=1, form="recompute"), *self._hidden())
+        recomputing = self._stage(blocks=blocks, form="recompute")
+        again = _passes(recomputing, *self._hidden(), blocks)
+        del recomputing
         progress(3, PARTS)
         head = self._head() if self.ends else None
         progress(4, PARTS)
         embedding = self._embedding() if self.ends and self.request.method == "full" else 0.0
         progress(PARTS, PARTS)
         return Speeds(forward, backward, *again, head, embedding, update, message)
+
+    def _blocks(self) -> int:
+        """So many that their weights leave the processor's cache, as those of a stage do."""
+        model = self.request.model
+        return max(1, min(model.layers, CACHE_BYTES // (FLOAT_BYTES * block_parameters(model))))
 
     def _block_work(self, stage: TrainStage) -> Callable[[], None]:
         x, dy = self._hidden()
@@ -149,18 +164,19 @@ class Bench:
         return DecodeStage(spec, self.programs, self._reader(), None, self.threads)
 
     def _spec(self, blocks: int, *, embedding: bool = False, head: bool = False) -> StageSpec:
-        model = replace(self.request.model, layers=1, tied=False)
+        model = replace(self.request.model, layers=max(1, blocks), tied=False)
         return StageSpec(model, 0, blocks, embedding, head, None)
 
     def _reader(self) -> Reader:
-        model = replace(self.request.model, layers=1, tied=False)
-        sources = (*block_sources(model, 0), *embedding_sources(model), *head_sources(model))
+        model = replace(self.request.model, tied=False)
+        blocks = (source for layer in range(model.layers) for source in block_sources(model, layer))
+        sources = (*blocks, *embedding_sources(model), *head_sources(model))
         shapes = {source.name: source.shape for source in sources}
         return lambda name: _some(shapes[name])
 
 
-def _passes(stage: TrainStage, x: Floats, dy: Floats) -> tuple[float, float]:
-    """Mean seconds of a forward and of a backward."""
+def _passes(stage: TrainStage, x: Floats, dy: Floats, blocks: int) -> tuple[float, float]:
+    """Mean seconds of a forward and of a backward of one of its blocks."""
     between = 0.0
 
     def forward() -> None:
@@ -177,7 +193,7 @@ def _passes(stage: TrainStage, x: Floats, dy: Floats) -> tuple[float, float]:
         stage.backward(0, dy)
         rounds += 1
     whole = time.perf_counter() - began
-    return between / rounds, (whole - between) / rounds
+    return between / (rounds * blocks), (whole - between) / (rounds * blocks)
 
 
 def _mean(work: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> float:

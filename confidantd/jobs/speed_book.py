@@ -82,7 +82,8 @@ class SpeedBook:
             right = scaled(any_speed, measured / _seconds(place, any_speed))
             live = self._live[file] = _Live(right)
         predicted = _seconds(place, live.speeds)
-        live.speeds = corrected(live.speeds, predicted, measured, live.steps)
+        busy = min(1.0, step.computed_seconds / max(step.wall_seconds, step.computed_seconds, 1e-9))
+        live.speeds = corrected(live.speeds, predicted, measured, live.steps, busy)
         live.steps += 1
 
     def save(self, place: StageAssignment) -> None:

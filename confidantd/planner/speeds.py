@@ -57,16 +57,19 @@ def resized(speeds: Speeds, measured_at: Speeds, wanted_at: Speeds) -> Speeds:
     return Speeds(head=head, **found)
 
 
-def corrected(speeds: Speeds, predicted: float, measured: float, steps: int) -> Speeds:
+def corrected(
+    speeds: Speeds, predicted: float, measured: float, steps: int, busy: float = 1.0
+) -> Speeds:
     """After a step in which a stage took `measured` seconds instead of `predicted` by these.
 
     What slows a stage (heat, another program) slows all of it. `steps` came before: the
     first one counts more than the few runs of a block that were measured, the first few
-    count alike, and later ones displace the older ones.
+    count alike, and later ones displace the older ones. `busy` is the share of the step in
+    which the stage computed: one that rests in between shows how fast a rested device is.
     """
     if predicted <= 0 or not 1 / LIKELY < measured / predicted < LIKELY:
         return speeds
-    weight = max(LEAST_WEIGHT, 1 / (steps + 1))
+    weight = busy * max(LEAST_WEIGHT, 1 / (steps + 1))
     return scaled(speeds, 1 + weight * (measured / predicted - 1))
 
 

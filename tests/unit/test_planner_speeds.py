@@ -64,6 +64,11 @@ def test_the_first_step_is_believed_and_later_ones_are_smoothed() -> None:
     assert sum(block_seconds(found, "saved")) == pytest.approx(9.0, rel=0.01)
 
 
+def test_a_stage_that_rests_most_of_the_time_teaches_less() -> None:
+    found = corrected(MEASURED, predicted=3.0, measured=2.0, steps=0, busy=0.25)
+    assert sum(block_seconds(found, "saved")) == pytest.approx(2.75)
+
+
 def test_a_clock_that_jumps_corrects_nothing() -> None:
     assert corrected(MEASURED, predicted=3.0, measured=3600.0, steps=0) == MEASURED
     assert corrected(MEASURED, predicted=3.0, measured=-1.0, steps=0) == MEASURED
