@@ -10,7 +10,7 @@ from confidantd.errors import PeerLostError, ProtocolError
 from confidantd.ids import JobId
 from confidantd.tasks import TaskSet
 from confidantd.wire.frames import Frame, FrameKind
-from confidantd.worker.credits import Credits
+from confidantd.worker.credits import RETURNED_AT_ONCE, Credits, window
 from confidantd.worker.inbox import Inbox
 
 LOST = PeerLostError("the link broke")
@@ -82,6 +82,26 @@ async def test_a_sender_waits_for_credit_and_goes_on_with_it() -> None:
     assert not third.done()
     sender.release()
     await third
+
+
+async def test_credits_come_back_several_at_a_time() -> None:
+    receiver, sender = Credits(0), Credits(0)
+    assert [receiver.use() for _ in range(2 * RETURNED_AT_ONCE)].count(True) == 2
+    sender.release()
+    async with asyncio.timeout(1):
+        for _ in range(RETURNED_AT_ONCE):
+            await sender.acquire()
+    tasks = TaskSet("test")
+    waiting = tasks.start(sender.acquire(), "wait")
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    await tasks.close()
+
+
+@pytest.mark.parametrize("stages", [2, 5, 6, 8, 30])
+def test_1f1b_never_waits_for_a_credit_that_is_not_returned_yet(stages: int) -> None:
+    most_unused = 2 * stages  # activations and gradients between two neighbours
+    assert window(stages) - (RETURNED_AT_ONCE - 1) > most_unused
 
 
 async def test_a_lost_link_ends_the_wait_for_credit() -> None:

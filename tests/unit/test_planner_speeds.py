@@ -32,6 +32,16 @@ def test_a_stage_takes_what_its_parts_were_measured_to_take() -> None:
     assert (again.forward, again.backward) == pytest.approx((3 * 1.1, 3 * 2.9))
 
 
+def test_a_stage_passes_on_what_its_neighbours_need() -> None:
+    work, holder = workload(), replace(device("a"), speeds=replace(MEASURED, message=0.25))
+    middle = stage_cost(work, holder, 2, head=False)
+    assert (middle.forward, middle.backward, middle.messages) == pytest.approx((2.5, 4.5, 0.5))
+    first = stage_cost(work, holder, 2, head=False, embedding=True)
+    assert (first.forward, first.backward) == pytest.approx((2.25, 4.75))  # 0.5 of the embedding
+    alone = stage_cost(work, holder, 2, head=True, embedding=True)
+    assert (alone.forward, alone.messages) == pytest.approx((2.0, 0.0))
+
+
 def test_a_head_that_was_not_measured_runs_at_the_pace_of_the_blocks() -> None:
     work = workload()
     cost = stage_cost(work, replace(device("a"), speeds=replace(MEASURED, head=None)), 1, head=True)
