@@ -120,7 +120,6 @@ class Daemon:
             self._trust,
             self._swarm,
             self.address,
-            self._forget,
             lambda: self._providers,
         )
         self._api = ControlApi(home / "control.sock", view, self._jobs)
@@ -213,9 +212,6 @@ class Daemon:
         names = {peer.id: peer.name for peer in self._swarm.peers()}
         self._router.device_lost(device, names.get(device, device[:8]))
         self._host.owner_lost(device)
-
-    def _forget(self, device: DeviceId) -> None:
-        self._network.disconnect(device, "it was removed from the members")
 
 
 async def _started(service: asyncio.Task[None], event: asyncio.Event) -> None:

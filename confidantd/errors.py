@@ -192,6 +192,12 @@ class NotPairedError(ConfidantError):
     code = "not-paired"
 
 
+class WrongCodeError(NotPairedError):
+    """The other side of a pairing does not know the code."""
+
+    code = "wrong-code"
+
+
 class UnexpectedDeviceError(NotPairedError):
     """Another device than the expected one answers at an address."""
 

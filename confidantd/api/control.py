@@ -55,6 +55,11 @@ class ControlApi:
             web.get("/v1/members", lambda _: _json(view.members())),
             web.post("/v1/members", self._add_member),
             web.delete("/v1/members/{device}", self._remove_member),
+            web.get("/v1/invite", lambda _: _json(view.invitation())),
+            web.post("/v1/invite", self._invite),
+            web.delete("/v1/invite", self._withdraw),
+            web.post("/v1/join", self._join),
+            web.post("/v1/leave", self._leave),
             web.get("/v1/certificate", lambda _: _json(view.certificate())),
             web.get("/v1/doctor", lambda _: _json(view.doctor())),
             web.post("/v1/plan", self._plan),
@@ -74,6 +79,21 @@ class ControlApi:
 
     async def _remove_member(self, request: web.Request) -> web.StreamResponse:
         return await _json(await self._view.remove_member(request.match_info["device"]))
+
+    async def _invite(self, _: web.Request) -> web.StreamResponse:
+        return await _json(await self._view.invite())
+
+    async def _withdraw(self, _: web.Request) -> web.StreamResponse:
+        return await _json(await self._view.withdraw())
+
+    async def _join(self, request: web.Request) -> web.StreamResponse:
+        body = await _body(request)
+        return await _json(
+            await self._view.join(str(body.get("code", "")), str(body.get("at", "")))
+        )
+
+    async def _leave(self, _: web.Request) -> web.StreamResponse:
+        return await _json(await self._view.leave())
 
     async def _plan(self, request: web.Request) -> web.StreamResponse:
         body = await _body(request)

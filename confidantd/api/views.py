@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.metadata
+import time
 from collections.abc import Callable
 from typing import Any
 
 import confidantd
 from confidantd.api.checks import check, check_links, check_readiness
-from confidantd.errors import DeviceError, IdentityConflictError
+from confidantd.errors import DeviceError, IdentityConflictError, NotPairedError
 from confidantd.identity.certificate import Identity
 from confidantd.identity.trust import TrustStore
 from confidantd.ids import DeviceId, short_id
 from confidantd.profile.providers import Provider
+from confidantd.swarm.addresses import format_address, typed_address
 from confidantd.swarm.service import Swarm
 from confidantd.swarm.state import PeerView
 
@@ -34,7 +36,6 @@ class View:
         trust: TrustStore,
         swarm: Swarm,
         address: Callable[[], str],
-        forget: Callable[[DeviceId], None],
         providers: Callable[[], tuple[Provider, ...]],
     ) -> None:
         self._identity = identity
@@ -42,7 +43,6 @@ class View:
         self._trust = trust
         self._swarm = swarm
         self._address = address
-        self._forget = forget
         self._providers = providers
 
     def status(self, jobs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -108,11 +108,54 @@ class View:
         return {"id": device, "short_id": short_id(device), "name": ""}
 
     async def remove_member(self, which: str) -> dict[str, Any]:
-        """Stop trusting a device, named by id, short id or name; ends its connections."""
+        """Take a device, named by id, short id or name, out of the swarm; ends its connections."""
         device = self._find_member(which)
-        await asyncio.to_thread(self._trust.remove, device)
-        self._forget(device)
+        await self._swarm.pairing.remove(device)
         return {"id": device, "short_id": short_id(device)}
+
+    async def invite(self) -> dict[str, Any]:
+        """`confidant invite`: a fresh code, and where a device can join that hears no mDNS."""
+        invitation = await self._swarm.pairing.invite()
+        left = invitation.expires - asyncio.get_running_loop().time()
+        port = self._swarm.pairing.inviting.port
+        host, _ = typed_address(self._address())
+        return {
+            "code": str(invitation.code),
+            "expires_at": time.time() + left,
+            "address": format_address(host, port),
+            **self._own_names(),
+        }
+
+    def invitation(self) -> dict[str, Any]:
+        """How the last invitation stands."""
+        inviting = self._swarm.pairing.inviting
+        if inviting.invitation is None:
+            raise NotPairedError("nobody was invited yet", "confidant invite")
+        now = asyncio.get_running_loop().time()
+        invitation = inviting.invitation.at(now)
+        return {
+            "outcome": invitation.outcome,
+            "wrong": invitation.wrong,
+            "seconds_left": max(0.0, invitation.expires - now),
+            "device": inviting.last and _names(inviting.last.device, inviting.last.name),
+        }
+
+    async def withdraw(self) -> dict[str, Any]:
+        """Close the open invitation."""
+        await self._swarm.pairing.inviting.withdraw()
+        return {}
+
+    async def join(self, code: str, at: str) -> dict[str, Any]:
+        """`confidant join`: pair with the device that shows the code."""
+        joined = await self._swarm.pairing.join(code, at)
+        return {**_names(joined.device, joined.name), "self": self._own_names()}
+
+    async def leave(self) -> dict[str, Any]:
+        """`confidant leave`: this device is on its own afterwards."""
+        return {"left_members": await self._swarm.pairing.leave()}
+
+    def _own_names(self) -> dict[str, str]:
+        return _names(self._identity.device_id, self._name)
 
     def doctor(self) -> dict[str, Any]:
         """`confidant doctor`: what is there, what is missing, what to do."""
@@ -142,6 +185,10 @@ class View:
             if which in (device, short_id(device)) or names.get(which) == device:
                 return device
         raise DeviceError(f"{which[:64]} is not a member", "see `confidant members`")
+
+
+def _names(device: DeviceId, name: str) -> dict[str, str]:
+    return {"id": device, "short_id": short_id(device), "name": name}
 
 
 def _peer(peer: PeerView) -> dict[str, Any]:

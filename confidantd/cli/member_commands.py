@@ -1,4 +1,4 @@
-"""`confidant members | remove`, and pairing by code, which is not there yet."""
+"""`confidant invite | join | members | remove | leave`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from pathlib import Path
 
 import click
 
-from confidantd.cli.run import common, fail, json_wanted, run, show
-from confidantd.errors import ConfidantError
+from confidantd.cli.run import common, json_wanted, run, show
 
 
 @click.group(invoke_without_command=True)
@@ -54,7 +53,7 @@ def export(file: Path | None) -> None:
 @click.argument("device", metavar="DEVICE")
 @common
 def remove(device: str) -> None:
-    """Trust DEVICE (its name, short id or id) no longer, on this device."""
+    """Take DEVICE (its name, short id or id) out of the swarm."""
     from confidantd.cli.pairing import remove_member
 
     as_json = json_wanted()
@@ -64,30 +63,30 @@ def remove(device: str) -> None:
 @click.command()
 @common
 def invite() -> None:
-    """Pair by a short code (not there yet)."""
-    _not_yet()
+    """Show a code with which one more device joins the swarm."""
+    from confidantd.cli.inviting import show_invitation
+
+    as_json = json_wanted()
+    run(lambda client: show_invitation(client, as_json=as_json))
 
 
 @click.command()
-@click.argument("code", metavar="CODE", expose_value=False)
+@click.argument("code", metavar="CODE")
+@click.option("--at", metavar="HOST:PORT", default="", help="Where the inviter is, without mDNS.")
 @common
-def join() -> None:
-    """Pair by a short code (not there yet)."""
-    _not_yet()
+def join(code: str, at: str) -> None:
+    """Join the swarm of the device that shows CODE (confidant invite)."""
+    from confidantd.cli.inviting import join_swarm
+
+    as_json = json_wanted()
+    run(lambda client: join_swarm(client, code, at, as_json=as_json))
 
 
 @click.command()
 @common
 def leave() -> None:
-    """Leave the swarm (not there yet)."""
-    _not_yet()
+    """Leave the swarm: the others forget this device, and it forgets them."""
+    from confidantd.cli.inviting import leave_swarm
 
-
-def _not_yet() -> None:
-    fail(
-        ConfidantError(
-            "pairing by code is not there yet, devices pair by certificate files",
-            "give `confidant members export FILE` on each device, copy the files, "
-            "and `confidant members add FILE` on the others",
-        )
-    )
+    as_json = json_wanted()
+    run(lambda client: leave_swarm(client, as_json=as_json))

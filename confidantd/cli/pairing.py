@@ -1,4 +1,4 @@
-"""Pairing by certificate files: export this device's, add the others', remove one."""
+"""Pairing by certificate files: export this device's, add the others'; and removing one."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ async def export_certificate(client: Client, file: Path | None, *, as_json: bool
 
 
 async def remove_member(client: Client, device: str, *, as_json: bool) -> None:
-    """Trust a device no longer."""
+    """Take a device out of the swarm."""
     fields = await client.delete(f"/v1/members/{quote(device, safe='')}")
     if as_json:
         print_json(fields)
     else:
-        click.echo(f"removed {plain(fields['short_id'])}; remove it on the other devices too")
+        click.echo(f"removed {plain(fields['short_id'])}; members that are off learn it later")
 
 
 def _read_certificate(path: Path) -> str:

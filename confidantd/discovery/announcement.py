@@ -26,6 +26,7 @@ class Announcement:
     version: str
     instance: str
     resources_digest: str = ""
+    invitation: str = ""  # `number:port` while a device may join by its code
 
 
 def to_txt(announcement: Announcement) -> dict[str, str]:
@@ -38,6 +39,7 @@ def to_txt(announcement: Announcement) -> dict[str, str]:
         "v": announcement.version,
         "res": announcement.resources_digest,
         "inst": announcement.instance,
+        "inv": announcement.invitation,
     }
 
 
@@ -45,9 +47,8 @@ def from_txt(
     txt: Mapping[bytes, bytes | None], addresses: Sequence[str], port: int | None
 ) -> Announcement | None:
     """The announcement in a TXT record, made harmless; None if it is none of ours."""
-    fields = {
-        key: _text(txt.get(key.encode())) for key in ("id", "name", "tag", "v", "res", "inst")
-    }
+    keys = ("id", "name", "tag", "v", "res", "inst", "inv")
+    fields = {key: _text(txt.get(key.encode())) for key in keys}
     if not is_digest(fields["id"]) or not port or not 0 < port < 65_536 or not fields["inst"]:
         return None
     return Announcement(
@@ -59,6 +60,7 @@ def from_txt(
         version=clean_name(fields["v"]),
         instance=clean_name(fields["inst"])[:MAX_INSTANCE_CHARACTERS],
         resources_digest=clean_name(fields["res"]),
+        invitation=clean_name(fields["inv"]),
     )
 
 

@@ -38,6 +38,11 @@ def open_listeners(hosts: Sequence[str], port: int | None, home: Path) -> list[s
     raise PortTakenError("no free port was found", "choose one with --port")
 
 
+def open_any(hosts: Sequence[str]) -> list[socket.socket]:
+    """One non-blocking listening socket per host, all on one free port."""
+    return _open(hosts, 0)
+
+
 def bound_port(listeners: Sequence[socket.socket]) -> int:
     """The port that the sockets of `open_listeners` share."""
     return int(listeners[0].getsockname()[1])

@@ -36,6 +36,26 @@ def client_context(home: str | Path, roots: Iterable[str] | None = None) -> ssl.
     return _context(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), Path(home), roots)
 
 
+def pairing_server_context(home: str | Path) -> ssl.SSLContext:
+    """For pairing: shows this device's certificate and asks for none. Reads files."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.options |= ssl.OP_NO_TICKET
+    context.num_tickets = 0
+    identity = Path(home) / IDENTITY_FOLDER
+    context.load_cert_chain(identity / CERTIFICATE_NAME, identity / KEY_NAME)
+    return context
+
+
+def pairing_client_context() -> ssl.SSLContext:
+    """For pairing: takes any certificate, which the proof of the code is bound to."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
 def peer_device_id(tls: ssl.SSLObject | ssl.SSLSocket | None) -> DeviceId:
     """The device id of the other side of a connection after its handshake."""
     der = tls.getpeercert(binary_form=True) if tls is not None else None

@@ -22,9 +22,12 @@ from confidantd.swarm.addresses import (
 )
 from confidantd.swarm.conflict import ConflictWatch
 from confidantd.swarm.dialing import Dialing
+from confidantd.swarm.inviting import Joined
 from confidantd.swarm.link_measuring import LinkMeasuring
 from confidantd.swarm.membership import Membership
 from confidantd.swarm.memory import load_addresses, load_term, save_addresses
+from confidantd.swarm.pairing_service import PairingService
+from confidantd.swarm.roster import RosterGossip
 from confidantd.swarm.state import CoordinatorView, PeerView, swarm_tag
 from confidantd.wire.messages import MAX_ADDRESSES, PROTOCOL_VERSION
 from confidantd.wire.resources import Resources
@@ -33,6 +36,7 @@ _log = logging.getLogger(__name__)
 
 REFRESH_SECONDS = 3.0  # own addresses, announcement, members and what is remembered follow
 MAX_UNPAIRED = 64
+MAX_PORT = 65_536
 MAX_ANNOUNCED = 4  # per device: a forged announcement must not push out every proven address
 
 Listener = Callable[[], None]
@@ -67,6 +71,7 @@ class Swarm:
         self._discovery = discovery
         self._book = AddressBook()
         self._saved: object = None
+        self._ips: tuple[str, ...] = ()
         self._announced: dict[tuple[DeviceId, str], Announcement] = {}
         self._listeners: list[Listener] = []
         self._change = asyncio.Event()
@@ -75,6 +80,16 @@ class Swarm:
         self._measuring = LinkMeasuring(network, self._membership)
         self._conflict = ConflictWatch(network, self._notify_change)
         self._dialing = Dialing(network, self._book, self._membership.refused)
+        self._roster = RosterGossip(network, trust)
+        self.pairing = PairingService(
+            network,
+            trust,
+            self._roster,
+            self._invitations,
+            self._next_change,
+            self._announce_now,
+            self._met,
+        )
         network.on_connected(self._connected)
         network.on_disconnected(self._disconnected)
         if discovery is not None:
@@ -92,8 +107,10 @@ class Swarm:
                 group.create_task(self._membership.run(term), name="swarm.membership")
                 group.create_task(self._conflict.run(), name="swarm.conflict")
                 group.create_task(self._measuring.run(), name="swarm.links")
+                group.create_task(self._roster.run(), name="swarm.roster")
                 group.create_task(self._refresh_for_ever(), name="swarm.refresh")
         finally:
+            await self.pairing.close()
             await self._dialing.close()
             await self._save()
 
@@ -153,13 +170,16 @@ class Swarm:
         for listener in self._listeners:
             listener()
 
+    async def _next_change(self) -> None:
+        await self._change.wait()
+
     async def _refresh_for_ever(self) -> None:
         while True:
-            ips = await asyncio.to_thread(usable_addresses, self._network.hosts)
+            ips = self._ips = await asyncio.to_thread(usable_addresses, self._network.hosts)
             port = self._network.port
             self._network.addresses = tuple(format_address(ip, port) for ip in ips[:MAX_ADDRESSES])
             self._dialing.follow(set(self._trust.members()))
-            self._announce(ips)
+            self._announce_now()
             await self._save()
             await asyncio.sleep(REFRESH_SECONDS)
 
@@ -174,18 +194,19 @@ class Swarm:
         except StorageError as failure:
             _log.warning("the addresses of members are not kept: %s", failure)
 
-    def _announce(self, ips: tuple[str, ...]) -> None:
+    def _announce_now(self) -> None:
         if self._discovery is not None:
             self._discovery.announce(
                 Announcement(
                     device_id=self._me,
                     name=self._network.name,
                     tag=self.tag(),
-                    addresses=ips,
+                    addresses=self._ips,
                     port=self._network.port,
                     version=str(PROTOCOL_VERSION),
                     instance=self._network.instance,
                     resources_digest=_digest(self._membership.resources),
+                    invitation=self.pairing.inviting.announced,
                 )
             )
 
@@ -202,8 +223,24 @@ class Swarm:
             self._dialing.follow(set(self._trust.members()))
             self._book.put_first(device, addresses[:MAX_ANNOUNCED])
             self._dialing.nudge(device)
-        else:
-            self._notify_change()
+        self._notify_change()
+
+    def _invitations(self, number: str) -> list[tuple[str, int]]:
+        """Where devices that announce an open invitation of this number take joiners."""
+        found = []
+        for announcement in self._announced.values():
+            open_number, _, port = announcement.invitation.partition(":")
+            if open_number == number and port.isascii() and port.isdigit():
+                found += [(ip, int(port)) for ip in announcement.addresses if is_ip_address(ip)]
+        return [(ip, port) for ip, port in found if 0 < port < MAX_PORT]
+
+    def _met(self, joined: Joined) -> None:
+        """A device was paired just now: its address is known, so it is connected soon."""
+        if 0 < joined.port < MAX_PORT:
+            self._book.set_name(joined.device, joined.name)
+            self._book.put_first(joined.device, [format_address(joined.host, joined.port)])
+        self._dialing.follow(set(self._trust.members()))
+        self._dialing.nudge(joined.device)
 
     def _lost(self, announcement: Announcement) -> None:
         self._announced.pop((announcement.device_id, announcement.instance), None)

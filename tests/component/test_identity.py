@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import stat
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import pytest
 from confidantd.errors import DeviceError, IdentityError, NotPairedError
 from confidantd.identity.certificate import load_or_create
 from confidantd.identity.trust import TrustStore
+from confidantd.ids import DeviceId
+from confidantd.wire.roster import RosterEntry
 
 
 def test_an_identity_is_made_once_and_private(tmp_path: Path) -> None:
@@ -73,3 +76,35 @@ def test_the_library_that_makes_keys_is_not_loaded_by_its_user(tmp_path: Path) -
         "assert 'cryptography' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=60)
+
+
+def test_the_highest_change_is_right_in_whatever_order_it_comes(tmp_path: Path) -> None:
+    other = load_or_create(tmp_path / "other")
+    added = RosterEntry(other.device_id, 1, other.certificate_pem)
+    removed = RosterEntry(other.device_id, 2)
+    again = RosterEntry(other.device_id, 3, other.certificate_pem)
+    for number, order in enumerate(itertools.permutations([added, removed, again])):
+        trust = TrustStore(tmp_path / str(number))
+        for entry in order:
+            trust.merge([entry])
+        assert set(trust.members()) == {other.device_id}
+        assert not trust.merge([added, removed, again])
+        trust.remove(other.device_id)
+        assert not trust.merge([added, removed, again])
+        assert trust.members() == {}
+        assert TrustStore(tmp_path / str(number)).members() == {}  # also after a restart
+
+
+def test_a_roster_with_what_is_no_certificate_changes_nothing(tmp_path: Path) -> None:
+    one, other = load_or_create(tmp_path / "one"), load_or_create(tmp_path / "other")
+    trust = TrustStore(tmp_path / "home")
+    for wrong in (
+        RosterEntry(one.device_id, 1, other.certificate_pem),
+        RosterEntry(one.device_id, 1, "-----BEGIN CERTIFICATE-----\nAAAA"),
+        RosterEntry(one.device_id, 1),
+        RosterEntry(DeviceId("../../etc"), 1, one.certificate_pem),
+        RosterEntry(one.device_id, -1, one.certificate_pem),
+        RosterEntry(one.device_id, 2**40 + 1, one.certificate_pem),
+    ):
+        assert not trust.merge([wrong])
+    assert trust.members() == {}

@@ -60,6 +60,8 @@ HOMES = {
     "msgpack": {"wire.codec"},
     "tokenizers": {"jobs", "cli"},  # cli: the demo makes a byte tokenizer
     "click": {"cli"},
+    "segno": {"cli"},
+    "spake2": {"swarm.decide"},
     "rich": {"cli"},
     "pickle": set(),
     "marshal": set(),
