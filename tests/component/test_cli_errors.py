@@ -65,9 +65,9 @@ def test_a_daemon_of_another_version(tmp_path: Path, answer: object) -> None:
 
 
 @pytest.mark.parametrize("words", [("invite",), ("join", "1234"), ("leave",)])
-def test_pairing_by_code_is_not_there_yet(tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_pairing_without_a_daemon_says_so(tmp_path: Path, words: tuple[str, ...]) -> None:
     line = one_line(confidant(tmp_path, *words))
-    assert "confidant members export" in line
+    assert "no daemon is running" in line
     assert "confidant members add" in line
     assert error_object(confidant(tmp_path, *words, "--json"))["hint"]
 
