@@ -19,7 +19,7 @@ from confidantd.wire.worker import StageAddress
 from confidantd.worker.links import Links
 
 LOOPBACK = "127.0.0.1"
-LEAST_RUNS, WINDOW_SECONDS = 6, 0.5
+LEAST_RUNS, WINDOW_SECONDS = 4, 0.25
 START_SECONDS = 30.0
 
 
