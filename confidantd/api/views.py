@@ -280,7 +280,7 @@ def _check_peers(members: int, alive: int) -> dict[str, str]:
             "peers",
             "warn",
             "this device is paired with no other",
-            "exchange certificates: confidant members export, confidant members add FILE",
+            "confidant invite here and confidant join CODE there, or the other way round",
         )
     state = "ok" if alive else "warn"
     hint = "" if alive else "start confidantd there, or give its address with --peer HOST:PORT"

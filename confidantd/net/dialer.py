@@ -18,7 +18,7 @@ CONNECT_SECONDS = 5.0
 PING_SECONDS = 20.0  # keeps NAT and Wi-Fi associations alive; liveness is the swarm's heartbeat
 CLOSE_SECONDS = 1.0
 
-_PAIR_HINT = "pair the two devices"
+_PAIR_HINT = "pair the two devices: confidant invite on one, confidant join CODE on the other"
 
 
 def bracketed(host: str) -> str:

@@ -13,7 +13,7 @@ import pytest
 from confidantd.errors import ConfidantError, NotPairedError, PeerLostError, WrongCodeError
 from confidantd.identity.certificate import load_or_create
 from confidantd.net.tls import pairing_client_context, pairing_server_context
-from confidantd.swarm import inviting
+from confidantd.swarm import inviting, pairing_service
 from confidantd.swarm.pairing import MAX_WRONG
 from tests.component.net_support import pair, until
 from tests.component.swarm_support import SwarmDevice, new_swarm_device, stopped_at_end
@@ -102,6 +102,15 @@ async def test_a_code_expires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         await until(lambda: not anna.swarm.pairing.inviting.announced, "the invitation is closed")
         with pytest.raises(PeerLostError):
             await ben.swarm.pairing.join(code, at)
+
+
+async def test_an_invitation_that_nobody_announces_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pairing_service, "FIND_SECONDS", 0.2)
+    async with strangers(tmp_path) as devices:
+        with pytest.raises(PeerLostError, match="no device with an open invitation 000"):
+            await devices[1].swarm.pairing.join("000-000-000", "")
 
 
 async def test_who_stands_in_the_middle_learns_nothing_and_gets_nowhere(tmp_path: Path) -> None:

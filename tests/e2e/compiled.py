@@ -1,6 +1,7 @@
-"""What one daemon of a test compiled lies in the next one's store, as after an earlier job.
+"""What one daemon of a test compiled lies in the next one's store, as after an earlier job, and
+what it measured of such blocks beside it.
 
-The first test that needs a shape compiles it, for real; the others would only wait.
+The first test that needs a shape compiles and measures it, for real; the others would only wait.
 """
 
 from __future__ import annotations
@@ -22,8 +23,19 @@ def lend(home: Path) -> None:
         shutil.copytree(_kept(), home / "store")
 
 
+def lend_speeds(home: Path) -> None:
+    """Give a home that was never used the speeds of a device like it: files are named by shape,
+    threads and backends.
+    """
+    speeds = folder() / "speeds"
+    if speeds.exists() and not (home / "speeds").exists():
+        shutil.copytree(speeds, home / "speeds")
+
+
 def keep(home: Path) -> None:
-    """Remember the programs in a home's store."""
+    """Remember the programs in a home's store, and its speeds."""
+    for file in (home / "speeds").glob("*.json"):
+        _copy(file, folder() / "speeds" / file.name)
     for index in (home / "store" / "programs").glob("*.json"):
         digests = [entry["digest"] for entry in json.loads(index.read_text()).values()]
         files = [home / "store" / "blobs" / digest for digest in digests]

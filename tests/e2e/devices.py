@@ -209,6 +209,9 @@ def running(devices: list[Device]) -> Iterator[list[Device]]:
     """
     pair(devices)
     compiled.lend(devices[0].home)
+    for device in devices:
+        if not device.prefix:  # else it may be slower than others
+            compiled.lend_speeds(device.home)
     try:
         for device in devices:
             device.start()

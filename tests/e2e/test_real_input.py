@@ -10,7 +10,7 @@ import pytest
 from tests import reference
 from tests.e2e.devices import swarm
 
-STEPS, BATCH, LENGTH = 60, 8, 128
+STEPS, BATCH, LENGTH = 40, 8, 128
 HELD_OUT_CHARACTERS = 20_000
 WITHIN = 0.01  # of the reference's held-out loss
 

@@ -28,9 +28,6 @@ def test_the_code_alone_finds_the_inviter(tmp_path: Path) -> None:
                 joined = devices[joiner].json("join", shown["code"])
                 assert joined["name"] == devices[inviter].name
             wait_until(lambda: met(devices), MEET_SECONDS, "all three are one swarm")
-            done = devices[0].cli("join", "000-000-000")
-            assert done.returncode == 1
-            assert "no device with an open invitation 000" in done.stderr
         finally:
             for device in devices:
                 if device.process is not None:
