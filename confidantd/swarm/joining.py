@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import confidantd
-from confidantd.errors import NotPairedError
+from confidantd.errors import NotPairedError, PeerLostError
 from confidantd.identity.certificate import certificate_device_id
 from confidantd.identity.trust import TrustStore
 from confidantd.net.dialer import bracketed
@@ -28,26 +28,42 @@ async def join(trust: TrustStore, code: Code, host: str, port: int, me: Card) ->
     where = f"{bracketed(host)}:{port}"
     async with translated(where, JOIN_SECONDS):
         reader, writer = await asyncio.open_connection(host, port, ssl=pairing_client_context())
-        stream = PairingStream(reader, writer)
+    stream = PairingStream(reader, writer)
+    try:
+        async with translated(where, JOIN_SECONDS):
+            exchange = await _meet(stream, code)
         try:
-            card = await _exchange(stream, code, me)
-        finally:
-            await stream.close()
-        device = await asyncio.to_thread(trust.add, card.certificate)
+            async with translated(where, JOIN_SECONDS):
+                card = await _prove(stream, exchange, me)
+        except PeerLostError:
+            # Whoever has our proof can compare one guess with it, and must not get a second one:
+            # not an error after which another address is tried.
+            raise NotPairedError(
+                "the other device went away after it had this one's proof of the code",
+                "ask for a new code: confidant invite",
+            ) from None
+    finally:
+        await stream.close()
+    device = await asyncio.to_thread(trust.add, card.certificate)
     return Joined(device, clean_name(card.name), host, card.port)
 
 
-async def _exchange(stream: PairingStream, code: Code, me: Card) -> Card:
-    """The inviter's card, which it has proven."""
+async def _meet(stream: PairingStream, code: Code) -> Exchange:
+    """Both halves of the key exchange."""
     inviter = peer_device_id(stream.tls)
     exchange = await asyncio.to_thread(Exchange, "joiner", code.secret, inviter)
     release = confidantd.__version__
     await stream.send(Knock(PROTOCOL_VERSION, release, code.number, exchange.share))
     share = await stream.receive(Share)
     await asyncio.to_thread(exchange.meet, share.share)
+    return exchange
+
+
+async def _prove(stream: PairingStream, exchange: Exchange, me: Card) -> Card:
+    """The inviter's card, which it has proven, for ours."""
     await stream.send(exchange.signed("joiner", me))
     card = await stream.receive(Card)
     exchange.check("inviter", card)
-    if certificate_device_id(card.certificate) != inviter:
+    if certificate_device_id(card.certificate) != peer_device_id(stream.tls):
         raise NotPairedError("the inviter shows two certificates")
     return card

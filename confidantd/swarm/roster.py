@@ -66,7 +66,9 @@ class RosterGossip:
             if device not in self._trust.members():
                 continue  # it was removed meanwhile
             try:
-                await asyncio.to_thread(self._trust.merge, roster.entries)
+                # nobody vouches for itself: one that was removed would let itself in again
+                vouched = [e for e in roster.entries if e.device != device or not e.member]
+                await asyncio.to_thread(self._trust.merge, vouched)
             except ConfidantError as failure:
                 _log.warning("the list of members could not be kept: %s", failure)
 

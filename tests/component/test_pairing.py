@@ -14,7 +14,12 @@ from confidantd.errors import ConfidantError, NotPairedError, PeerLostError, Wro
 from confidantd.identity.certificate import load_or_create
 from confidantd.net.tls import pairing_client_context, pairing_server_context
 from confidantd.swarm import inviting, pairing_service
-from confidantd.swarm.pairing import MAX_WRONG
+from confidantd.swarm.pairing import MAX_WRONG, Exchange
+from confidantd.swarm.pairing_stream import PairingStream
+from confidantd.swarm.roster import ROSTER_TOPIC
+from confidantd.wire.codec import to_map
+from confidantd.wire.pairing import Card, Knock, Share
+from confidantd.wire.roster import Roster, RosterEntry
 from tests.component.net_support import pair, until
 from tests.component.swarm_support import SwarmDevice, new_swarm_device, stopped_at_end
 
@@ -145,6 +150,48 @@ async def test_who_stands_in_the_middle_learns_nothing_and_gets_nowhere(tmp_path
         assert secret.encode() not in seen
         assert b"BEGIN CERTIFICATE" in seen  # it did read what passed: a certificate is no secret
         assert b"PRIVATE" not in seen
+
+
+async def test_a_rogue_that_takes_the_proof_and_hangs_up_gets_one_guess(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity = await asyncio.to_thread(load_or_create, tmp_path / "mallory")
+    proofs = []
+
+    async def guess(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        stream = PairingStream(reader, writer)
+        knock = await stream.receive(Knock)
+        exchange = Exchange("inviter", "000000", identity.device_id)
+        exchange.meet(knock.share)
+        await stream.send(Share(exchange.share))
+        proofs.append(await stream.receive(Card))
+        await stream.close()
+
+    context = await asyncio.to_thread(pairing_server_context, tmp_path / "mallory")
+    server = await asyncio.start_server(guess, "127.0.0.1", 0, ssl=context)
+    port = server.sockets[0].getsockname()[1]
+    async with strangers(tmp_path) as devices:
+        pairing = devices[0].swarm.pairing
+        monkeypatch.setattr(pairing, "_find", lambda _number: [("127.0.0.1", port)] * 8)
+        with pytest.raises(NotPairedError, match="had this one's proof"):
+            await pairing.join("123-456-789", "")
+        assert trusted(devices[0]) == set()
+    server.close()
+    await server.wait_closed()
+    assert len(proofs) == 1
+
+
+async def test_nobody_vouches_for_itself(tmp_path: Path) -> None:
+    async with strangers(tmp_path) as devices:
+        ben, cleo, dora = devices[1], devices[2], devices[3]
+        await pair([ben, cleo])
+        await meet(cleo, ben)
+        itself = RosterEntry(cleo.id, 3, cleo.identity.certificate_pem)
+        another = RosterEntry(dora.id, 1, dora.identity.certificate_pem)
+        cleo.network.send(ben.id, ROSTER_TOPIC, to_map(Roster((itself, another))))
+        await until(lambda: dora.id in trusted(ben), "the rest of the roster counts")
+        changes = {entry.device: entry.change for entry in ben.trust.entries()}
+        assert changes[cleo.id] == 1
 
 
 async def test_an_old_tls_is_refused(tmp_path: Path) -> None:
