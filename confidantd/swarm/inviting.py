@@ -20,6 +20,7 @@ from confidantd.net.listen import open_any
 from confidantd.net.tls import pairing_server_context
 from confidantd.swarm.pairing import (
     INVITATION_SECONDS,
+    Code,
     Exchange,
     Invitation,
     new_code,
@@ -65,6 +66,7 @@ class Inviting:
         self._me, self._changed, self._joined = me, changed, joined
         self._servers: list[asyncio.Server] = []
         self._connections = 0
+        self._used: Code | None = None  # by a device that is being added
         self._tasks = TaskSet("inviting")
 
     @property
@@ -158,19 +160,22 @@ class Inviting:
         except WrongCodeError:
             self.invitation = invitation.guessed_wrong()
             raise
-        self.invitation = invitation.ended("joined")  # before anything else can use it
+        self._used = invitation.code  # before anything else can use it
         try:
             device = await asyncio.to_thread(self._trust.add, card.certificate)
         except ConfidantError:
-            self.invitation = invitation
+            self._used = None
             raise
         self.last = Joined(device, clean_name(card.name), host, card.port)
+        if self.invitation is not None and self.invitation.code is invitation.code:
+            self.invitation = self.invitation.ended("joined")  # with a device to show
         self._joined(self.last)
         await stream.send(exchange.signed("inviter", self._me()))
 
     def _require_open(self, number: str) -> Invitation:
         invitation = self.invitation.at(self._now()) if self.invitation else None
-        if invitation is None or not invitation.open or invitation.code.number != number:
+        wanted = invitation is not None and invitation.open and invitation.code is not self._used
+        if invitation is None or not wanted or invitation.code.number != number:
             raise NotPairedError(
                 "no invitation with this code is open there", "ask for a new code: confidant invite"
             )

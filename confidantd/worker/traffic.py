@@ -89,14 +89,17 @@ class _Traffic:
 
     def exchange(self) -> None:
         """Let each stage send one tensor, beside what the caller does next."""
-        self._loop.call_soon_threadsafe(self._wanted.put_nowait, True)
+        self._want(True)
 
     def stop(self) -> None:
         """After what is under way."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: it has failed
-            self._loop.call_soon_threadsafe(self._wanted.put_nowait, False)
+        self._want(False)
         if self._thread.ident is not None:
             self._thread.join()
+
+    def _want(self, more: bool) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: it has failed
+            self._loop.call_soon_threadsafe(self._wanted.put_nowait, more)
 
     def _run(self) -> None:
         try:
