@@ -25,14 +25,13 @@ from confidantd.models.tensors import (
     embedding_sources,
     head_sources,
 )
-from confidantd.planner.workload import FLOAT_BYTES
+from confidantd.planner.speeds import measured_blocks
 from confidantd.wire.speeds import Speeds
 from confidantd.wire.stage import StageSpec
 
 # The mean of so many runs and over so long at least, after one that also fills memory: a device
 # that is throttled or shared does nothing for some ms again and again, which belongs to it.
 ROUNDS, WINDOW_SECONDS = 3, 0.25
-CACHE_BYTES = 16_000_000  # more than the last level's part of one core, on most
 PARTS = 5  # of what is measured for training, for its progress
 PAST = 64  # positions in the cache before them
 SOME_FLOATS = 1 << 20  # random numbers, repeated: to draw a whole table takes seconds
@@ -59,7 +58,8 @@ class Bench:
 
     def _training(self, progress: Callable[[int, int], None]) -> Speeds:
         progress(0, PARTS)
-        blocks = self._blocks()
+        model = self.request.model
+        blocks = measured_blocks(model.layers, block_parameters(model))
         saved = self._stage(blocks=blocks)
         forward, backward = _passes(saved, *self._hidden(), blocks)
         update = self._update(saved)
@@ -76,11 +76,6 @@ class Bench:
         embedding = self._embedding() if self.ends and self.request.method == "full" else 0.0
         progress(PARTS, PARTS)
         return Speeds(forward, backward, *again, head, embedding, update, message)
-
-    def _blocks(self) -> int:
-        """So many that their weights leave the processor's cache, as those of a stage do."""
-        model = self.request.model
-        return max(1, min(model.layers, CACHE_BYTES // (FLOAT_BYTES * block_parameters(model))))
 
     def _block_work(self, stage: TrainStage) -> Callable[[], None]:
         x, dy = self._hidden()

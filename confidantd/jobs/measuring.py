@@ -17,7 +17,7 @@ from confidantd.jobs.programs import fetch_programs
 from confidantd.jobs.speed_book import SpeedBook
 from confidantd.jobs.subprocesses import run_module
 from confidantd.models.tensors import block_parameters, embedding_parameters
-from confidantd.planner.speeds import valid
+from confidantd.planner.speeds import measured_blocks, valid
 from confidantd.store.blobs import BlobStore
 from confidantd.store.files import storage_error
 from confidantd.wire.codec import from_map, to_map
@@ -103,8 +103,11 @@ class SpeedMeasuring:
             raise DeviceError(resources.refuses)
         if resources.granted_bytes:  # both would be slow, and both would say so
             raise DeviceError("it is at work for another job")
-        if PARAMETER_BYTES * block_parameters(model) > room:
-            raise DeviceError("it has no memory for one block")
+        parameters = block_parameters(model)
+        training = message.request.purpose == "train"
+        blocks = measured_blocks(model.layers, parameters) if training else 1
+        if PARAMETER_BYTES * blocks * parameters > room:
+            raise DeviceError("it has no memory to measure blocks")
         programs = await fetch_programs(self._peers, self._store, message.source, message.programs)
         question = {
             "request": to_map(message.request),

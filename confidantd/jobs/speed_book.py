@@ -21,6 +21,7 @@ from confidantd.wire.worker import StepDone
 
 _log = logging.getLogger(__name__)
 
+FORMAT = 2  # of the files; before it, messages between stages were not measured
 FORMS: tuple[Form, ...] = ("saved", "recompute")
 
 
@@ -51,14 +52,16 @@ class SpeedBook:
             speeds = from_map(Speeds, found["speeds"])
         except (OSError, ValueError, KeyError, TypeError, ConfidantError):
             return None
-        if not valid(speeds):
+        if found.get("format") != FORMAT or not valid(speeds):
             return None
         return speeds if found.get("lived") else self._with_backends(request, speeds)
 
     def remember(self, request: ProgramRequest, speeds: Speeds, *, lived: bool = False) -> None:
         """Keep them; `lived`: running stages showed them."""
         file = self._file(request)
-        data = json.dumps({"speeds": to_map(speeds), "lived": lived}).encode()
+        data = json.dumps(
+            {"format": FORMAT, "speeds": to_map(speeds), "lived": lived}
+        ).encode()
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(file, data)
@@ -79,11 +82,10 @@ class SpeedBook:
         live = self._live.get(file)
         if live is None:
             any_speed = assumed_speeds(assignment_workload(place), 1.0)
-            right = scaled(any_speed, measured / _seconds(place, any_speed))
+            right = scaled(any_speed, measured / _seconds(place, any_speed, step.busy))
             live = self._live[file] = _Live(right)
-        predicted = _seconds(place, live.speeds)
-        busy = min(1.0, step.computed_seconds / max(step.wall_seconds, step.computed_seconds, 1e-9))
-        live.speeds = corrected(live.speeds, predicted, measured, live.steps, busy)
+        predicted = _seconds(place, live.speeds, step.busy)
+        live.speeds = corrected(live.speeds, predicted, measured, live.steps, step.busy)
         live.steps += 1
 
     def save(self, place: StageAssignment) -> None:
@@ -105,10 +107,13 @@ class SpeedBook:
         return self._folder / self._splits.file(request, "saved").name
 
 
-def _seconds(place: StageAssignment, speeds: Speeds) -> float:
-    """What a stage computes for one microbatch by these speeds."""
+def _seconds(place: StageAssignment, speeds: Speeds, busy: float) -> float:
+    """How long a stage computes for one microbatch by these speeds. Of its messages, that share
+    passes while it computes, and makes it slower; the others while it waits.
+    """
     spec = place.spec
-    device = PlanDevice(place.source, "", 0, 0.0, speeds=replace(speeds, message=0.0))
+    speeds = replace(speeds, message=speeds.message * busy)
+    device = PlanDevice(place.source, "", 0, 0.0, speeds=speeds)
     layers = spec.past_last_layer - spec.first_layer
     cost = stage_cost(
         assignment_workload(place), device, layers,

@@ -126,9 +126,9 @@ def _watch(launched: Launched) -> Watch:
 
 def _cost(planned: StagePlan, step: StepDone) -> StageCost:
     """What a stage took, with the planned time of the optimizer, whose measured one has a wait in
-    it, and of the messages, which are sent beside what is computed.
+    it, and of the messages that passed while it waited: others are in what it computed.
     """
-    messages = planned.message_seconds
+    messages = planned.message_seconds * (1 - step.busy)
     forward = step.mean_seconds("forward") + messages
     backward = step.mean_seconds("backward") + messages
-    return StageCost(forward, backward, planned.update_seconds, messages)
+    return StageCost(forward, backward, planned.update_seconds, planned.message_seconds)

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 
-from confidantd.planner.workload import Form
+from confidantd.planner.workload import FLOAT_BYTES, Form
 from confidantd.wire.speeds import Speeds
 
 LEAST_WEIGHT = 0.3  # of the newest step: one is noisy, a hot phone stays hot
 LIKELY = 100.0  # a step that differs by more than this factor is a clock that jumped
 MOST_SECONDS = 1e6
+CACHE_BYTES = 16_000_000  # more than the last level's part of one core, on most
 _SECONDS = tuple(field.name for field in fields(Speeds) if field.name != "head")
+
+
+def measured_blocks(layers: int, block_parameters: int) -> int:
+    """How many blocks of a model with so many layers are measured in training, one after the
+    other: so many that their weights leave the processor's cache, as those of a stage do.
+    """
+    return max(1, min(layers, CACHE_BYTES // (FLOAT_BYTES * block_parameters)))
 
 
 def block_seconds(speeds: Speeds, form: Form) -> tuple[float, float]:

@@ -192,6 +192,11 @@ class StepDone:
         """Of all forwards and backwards of the step."""
         return sum(span.end - span.start for span in self.spans if span.kind != "step")
 
+    @property
+    def busy(self) -> float:
+        """The share of the step in which the stage computed, 0 to 1."""
+        return min(1.0, self.computed_seconds / max(self.wall_seconds, 1e-9))
+
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:

@@ -76,32 +76,48 @@ def too_large(place: StageAssignment | None, used_bytes: int, bound: str) -> Doe
 
 class MemoryWatch:
     """Looks at this process's memory from a thread of its own, and calls `too_much` with the
-    bytes once they are over `limit_bytes`, which may change; 0 is no limit.
+    bytes once they are over the limit, which may change; 0 is no limit.
 
     In the worker and not in its daemon: it goes on when that is busy, and needs no permission
     to look into another process.
     """
 
     def __init__(self, limit_bytes: int, too_much: Callable[[int], None]) -> None:
-        self.limit_bytes = limit_bytes
+        self._limit_bytes = limit_bytes
         self._too_much = too_much
-        self._over = threading.Event()
+        self._over = False
+        self._look = threading.Event()  # at once
         self._thread = threading.Thread(target=self._run, name="memory-watch", daemon=True)
 
     def start(self) -> None:
         """Watch until `stop`."""
         self._thread.start()
 
+    @property
+    def limit_bytes(self) -> int:
+        """The limit; a new one is looked at in that moment."""
+        return self._limit_bytes
+
+    @limit_bytes.setter
+    def limit_bytes(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._look.set()
+
     def stop(self) -> None:
         """End the thread."""
-        self._over.set()
+        self._over = True
+        self._look.set()
         if self._thread.is_alive():
             self._thread.join()
 
     def _run(self) -> None:
         wait = LEAST_WATCH_SECONDS
-        while not self._over.wait(wait):
-            used, limit = memory_bytes(), self.limit_bytes
+        while True:
+            if self._look.wait(wait):
+                self._look.clear()
+            if self._over:
+                return
+            used, limit = memory_bytes(), self._limit_bytes
             if limit and used > limit:
                 self._too_much(used)
                 return
