@@ -116,9 +116,8 @@ def unequal(folder: Path, steps: int) -> Iterator[Claim]:
     yield predicted("speeds 10:10:1", planned)
 
 
-def equal(folder: Path, steps: int) -> Iterator[Claim]:
+def equal(folder: Path, steps: int, microbatches: int) -> Iterator[Claim]:
     """Four equal devices."""
-    microbatches = WIDE.microbatches
     with fleet(folder, EQUAL) as (devices, _):
         bench = Bench(folder, devices, WIDE)
         bench.together(FEW, 1)
@@ -177,10 +176,10 @@ def claims(*, quick: bool) -> Iterator[Claim]:
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
         if quick:
-            yield from equal(base / "equal", 3)
+            yield from equal(base / "equal", 3, FEW)
             return
         yield from unequal(base / "unequal", 4)
-        yield from equal(base / "equal", 8)
+        yield from equal(base / "equal", 8, WIDE.microbatches)
         yield from throttled(base / "throttled")
 
 

@@ -59,9 +59,7 @@ class SpeedBook:
     def remember(self, request: ProgramRequest, speeds: Speeds, *, lived: bool = False) -> None:
         """Keep them; `lived`: running stages showed them."""
         file = self._file(request)
-        data = json.dumps(
-            {"format": FORMAT, "speeds": to_map(speeds), "lived": lived}
-        ).encode()
+        data = json.dumps({"format": FORMAT, "speeds": to_map(speeds), "lived": lived}).encode()
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(file, data)

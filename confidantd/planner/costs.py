@@ -54,20 +54,12 @@ class PlanDevice:
     links: Mapping[DeviceId, Link] = field(default_factory=dict, hash=False)
 
 
-def stage_seconds(
-    work: Workload,
-    device: PlanDevice,
-    layers: int,
-    *,
-    head: bool,
-    embedding: bool = False,
-    form: Form = "saved",
-) -> float:
-    """Seconds of one microbatch (training) or one token (generation) on a device, with its part
-    of the optimizer's.
+def layer_seconds(work: Workload, device: PlanDevice) -> float:
+    """What every further layer adds to a stage's seconds of one microbatch (training) or one
+    token (generation), with its part of the optimizer's. Messages are of the stage, not of it.
     """
-    cost = stage_cost(work, device, layers, head=head, embedding=embedding, form=form)
-    return microbatch_seconds(work, cost)
+    one, two = (stage_cost(work, device, layers, head=False) for layers in (1, 2))
+    return microbatch_seconds(work, two) - microbatch_seconds(work, one)
 
 
 def microbatch_seconds(work: Workload, cost: StageCost) -> float:

@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from confidantd.ids import DeviceId
-from confidantd.planner.costs import PlanDevice, stage_seconds
+from confidantd.planner.costs import PlanDevice, layer_seconds
 from confidantd.planner.memory import stage_memory
 from confidantd.planner.partition import Partition
 from confidantd.planner.score import simulated_seconds
@@ -65,11 +65,11 @@ def _between(
         return
     order = order[:MOST_BETWEEN]
     if not order:
-        order = [min(others, key=lambda d: stage_seconds(work, d, 1, head=False))]
+        order = [min(others, key=lambda d: layer_seconds(work, d))]
     while order:
         if len(order) <= work.layers:
             yield list(order)
-        slowest = max(order, key=lambda d: stage_seconds(work, d, 1, head=False))
+        slowest = max(order, key=lambda d: layer_seconds(work, d))
         order.remove(slowest)
 
 
@@ -113,7 +113,7 @@ class _Ring:
     def _proportional(self) -> list[int]:
         """Layers by speed; the owner's all at the beginning."""
         middle = self._devices[:-1]
-        speeds = [1 / stage_seconds(self._work, d, 1, head=False) for d in middle]
+        speeds = [1 / layer_seconds(self._work, d) for d in middle]
         shares = [self._work.layers * speed / sum(speeds) for speed in speeds]
         layers = [max(1, int(share)) for share in shares]
         while sum(layers) > self._work.layers:

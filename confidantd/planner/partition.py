@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from confidantd.ids import DeviceId
 from confidantd.planner.costs import (
     PlanDevice,
+    layer_seconds,
     link_cost,
     microbatch_seconds,
     stage_cost,
-    stage_seconds,
 )
 from confidantd.planner.options import Options
 from confidantd.planner.pace import (
@@ -249,7 +249,7 @@ def _exact(ranked: list[PlanDevice], size: int) -> _Pipelines:
 
 def _ranked(work: Workload, devices: Sequence[PlanDevice], owner: DeviceId) -> list[PlanDevice]:
     """The owner first, then the fastest."""
-    each = {d.id: stage_seconds(work, d, 1, head=False) for d in devices}
+    each = {d.id: layer_seconds(work, d) for d in devices}
     return sorted(devices, key=lambda d: (d.id != owner, each[d.id], d.id))
 
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from confidantd.planner.costs import PlanDevice, stage_seconds
+from confidantd.planner.costs import PlanDevice, layer_seconds
 from confidantd.planner.options import Option, Options
 from confidantd.planner.pace import (
     NOTHING,
@@ -79,7 +79,7 @@ class Search:
         self._factors = factors
         self._generates = work.method is None
         self._count = work.requests if self._generates else work.microbatches
-        self._each = [stage_seconds(work, d, 1, head=False) for d in devices]
+        self._each = [layer_seconds(work, d) for d in devices]
         self._least_link = self._shortest_way(len(devices))
         self._most = [0] * len(devices)
         for place, there in enumerate(choices):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from confidantd.errors import DoesNotFitError
-from confidantd.planner.costs import PlanDevice, stage_seconds
+from confidantd.planner.costs import PlanDevice, microbatch_seconds, stage_cost
 from confidantd.planner.microbatches import NEARLY, Cut, best_cut, counts
 from confidantd.planner.partition import cost
 from confidantd.planner.plan import Plan, choose_plan
@@ -157,5 +157,7 @@ def test_layers_that_a_user_insists_on_still_leave_the_count() -> None:
 def test_a_run_costs_something_however_little_it_computes() -> None:
     small = replace(workload(microbatch_size=1, microbatches=8), sequence_length=1)
     large = replace(workload(microbatch_size=8, microbatches=1), sequence_length=1)
-    each, at_once = (stage_seconds(w, device("a"), 6, head=True) for w in (small, large))
+    each, at_once = (
+        microbatch_seconds(w, stage_cost(w, device("a"), 6, head=True)) for w in (small, large)
+    )
     assert 8 * each > 2 * at_once

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from confidantd.errors import DoesNotFitError
@@ -35,6 +35,17 @@ WORKLOADS = st.builds(
 )
 
 
+# Messages of a stage were taken for those of each of its layers, and a pipeline for slower than
+# it is before it was complete.
+@example(
+    work=workload(layers=3, method="lora", microbatch_size=1),
+    devices=[
+        device("d0", 21.0, 241_965_056, 900.0),
+        device("d1", 38.0, 258_608_129, None),
+        device("d2", 3.0, 258_608_284, 900.0),
+    ],
+    use_all=False,
+)
 @settings(deadline=None, max_examples=60)
 @given(work=WORKLOADS, devices=SWARMS, use_all=st.booleans())
 def test_as_good_as_brute_force(work: Workload, devices: list[PlanDevice], use_all: bool) -> None:
