@@ -14,6 +14,8 @@ WEBGPU_READY := $(if $(VULKAN_DRIVER),$(WEBGPU)/.ready)
 OPENVINO := $(shell test "$$(uname -sm)" = "Linux x86_64" && \
   ! grep -q GenuineIntel /proc/cpuinfo && echo .openvino)
 OPENVINO_READY := $(if $(OPENVINO),$(OPENVINO)/.ready)
+# Tests that do not measure anything run side by side, those of whole devices one after the other.
+SIDE_BY_SIDE := -n logical --maxprocesses 4
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -25,9 +27,11 @@ demo: $(READY)
 test: $(READY) $(WEBGPU_READY) $(OPENVINO_READY)
 	@programs=$$(mktemp -d) && trap 'rm -rf "$$programs"' EXIT && \
 	  export CONFIDANT_TEST_PROGRAMS="$$programs" && \
-	  $(if $(OPENVINO),PYTHONPATH="$(CURDIR)/$(OPENVINO)" $(BIN)/python -m pytest -q -k openvino && \
+	  $(if $(OPENVINO),PYTHONPATH="$(CURDIR)/$(OPENVINO)" \
+	  $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -k openvino && \
 	  export CONFIDANT_REQUIRE_OPENVINO=0 &&) \
-	  $(BIN)/python -m pytest -q $(PYTEST_OPTIONS)
+	  $(BIN)/python -m pytest -q $(PYTEST_OPTIONS) tests/e2e tests/lan && \
+	  $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) $(PYTEST_OPTIONS) tests/unit tests/component
 
 lint: $(CHECKERS)
 	@$(BIN)/ruff check .

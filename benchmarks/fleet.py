@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import statistics
 import subprocess
@@ -120,6 +121,11 @@ class Run:
         """Median of the times between two steps; the first one also fills memory."""
         gaps = [b - a for a, b in zip(self._times[1:], self._times[2:], strict=False)]
         return statistics.median(gaps)
+
+    def gaps(self, begin: float, end: float) -> list[float]:
+        """Seconds of each step that lies wholly between two moments of the monotonic clock."""
+        inside = [at for at in self._times if begin <= at <= end]
+        return [b - a for a, b in itertools.pairwise(inside)]
 
     @property
     def plan(self) -> dict[str, Any]:

@@ -192,6 +192,12 @@ class NotPairedError(ConfidantError):
     code = "not-paired"
 
 
+class NotAllowedError(ConfidantError):
+    """A member asks for what only another one may."""
+
+    code = "not-allowed"
+
+
 class WrongCodeError(NotPairedError):
     """The other side of a pairing does not know the code."""
 

@@ -61,7 +61,7 @@ class ControlApi:
             web.post("/v1/join", self._join),
             web.post("/v1/leave", self._leave),
             web.get("/v1/certificate", lambda _: _json(view.certificate())),
-            web.get("/v1/doctor", lambda _: _json(view.doctor())),
+            web.get("/v1/doctor", self._doctor),
             web.post("/v1/plan", self._plan),
             web.post("/v1/train", self._train),
             web.post("/v1/generate", self._generate),
@@ -89,11 +89,16 @@ class ControlApi:
     async def _join(self, request: web.Request) -> web.StreamResponse:
         body = await _body(request)
         return await _json(
-            await self._view.join(str(body.get("code", "")), str(body.get("at", "")))
+            await self._view.join(
+                str(body.get("code", "")), str(body.get("at", "")), merge=body.get("merge") is True
+            )
         )
 
     async def _leave(self, _: web.Request) -> web.StreamResponse:
         return await _json(await self._view.leave())
+
+    async def _doctor(self, _: web.Request) -> web.StreamResponse:
+        return await _json(await self._view.doctor())
 
     async def _plan(self, request: web.Request) -> web.StreamResponse:
         body = await _body(request)

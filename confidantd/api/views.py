@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import importlib.metadata
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import confidantd
@@ -17,6 +17,7 @@ from confidantd.identity.trust import TrustStore
 from confidantd.ids import DeviceId, short_id
 from confidantd.profile.providers import Provider
 from confidantd.swarm.addresses import format_address, typed_address
+from confidantd.swarm.diagnosis import findings
 from confidantd.swarm.service import Swarm
 from confidantd.swarm.state import PeerView
 
@@ -88,6 +89,7 @@ class View:
                     "short_id": short_id(device),
                     "name": names.get(device, ""),
                     "self": device == self._identity.device_id,
+                    "let_in_by": self._named(sorted(self._trust.introducers(device))),
                 }
                 for device in ids
             ]
@@ -110,8 +112,9 @@ class View:
     async def remove_member(self, which: str) -> dict[str, Any]:
         """Take a device, named by id, short id or name, out of the swarm; ends its connections."""
         device = self._find_member(which)
+        let_in = [d for d in self._trust.members() if self._trust.introducers(d) == {device}]
         await self._swarm.pairing.remove(device)
-        return {"id": device, "short_id": short_id(device)}
+        return {"id": device, "short_id": short_id(device), "let_in": self._named(let_in)}
 
     async def invite(self) -> dict[str, Any]:
         """`confidant invite`: a fresh code, and where a device can join that hears no mDNS."""
@@ -134,6 +137,7 @@ class View:
         now = asyncio.get_running_loop().time()
         invitation = inviting.invitation.at(now)
         return {
+            "number": invitation.code.number,
             "outcome": invitation.outcome,
             "wrong": invitation.wrong,
             "seconds_left": max(0.0, invitation.expires - now),
@@ -145,9 +149,9 @@ class View:
         await self._swarm.pairing.inviting.withdraw()
         return {}
 
-    async def join(self, code: str, at: str) -> dict[str, Any]:
+    async def join(self, code: str, at: str, *, merge: bool) -> dict[str, Any]:
         """`confidant join`: pair with the device that shows the code."""
-        joined = await self._swarm.pairing.join(code, at)
+        joined = await self._swarm.pairing.join(code, at, merge=merge)
         return {**_names(joined.device, joined.name), "self": self._own_names()}
 
     async def leave(self) -> dict[str, Any]:
@@ -157,8 +161,9 @@ class View:
     def _own_names(self) -> dict[str, str]:
         return _names(self._identity.device_id, self._name)
 
-    def doctor(self) -> dict[str, Any]:
+    async def doctor(self) -> dict[str, Any]:
         """`confidant doctor`: what is there, what is missing, what to do."""
+        network = findings(await self._swarm.network_facts())
         me = self._self_view()
         roles = me.resources.roles if me.resources else ()
         providers = self._providers()
@@ -170,11 +175,16 @@ class View:
             _check_compiler("compiler" in roles, alive),
             *_check_providers(providers),
             _check_peers(len(self._trust.members()), len(alive)),
+            *(check(f.name, f.state, f.message, f.hint) for f in network),
             check_readiness(me.resources),
             *check_links([p for p in peers if p.state == "alive"]),
             _check_coordinator(self._swarm.coordinator() is not None),
         ]
         return {"checks": checks, "providers": [provider.to_json() for provider in providers]}
+
+    def _named(self, devices: Iterable[DeviceId]) -> list[dict[str, str]]:
+        names = {peer.id: peer.name for peer in self._swarm.peers()}
+        return [_names(device, names.get(device, "")) for device in devices]
 
     def _self_view(self) -> PeerView:
         return next(peer for peer in self._swarm.peers() if peer.is_self)

@@ -35,7 +35,7 @@ async def show_invitation(client: Client, *, as_json: bool) -> None:
     _print_invitation(shown)
     state: dict[str, Any] = {}
     try:
-        state = await _until_used(client)
+        state = await _until_used(client, shown["code"].partition("-")[0])
     except asyncio.CancelledError:
         with contextlib.suppress(ConfidantError):
             await client.delete("/v1/invite")
@@ -45,13 +45,14 @@ async def show_invitation(client: Client, *, as_json: bool) -> None:
     _say_paired(state["device"], shown)
 
 
-async def join_swarm(client: Client, code: str, at: str, *, as_json: bool) -> None:
+async def join_swarm(client: Client, code: str, at: str, *, merge: bool, as_json: bool) -> None:
     """Prove the code to the device that shows it."""
+    asked = {"code": code, "at": at, "merge": merge}
     if as_json:
-        print_json(await client.post("/v1/join", {"code": code, "at": at}))
+        print_json(await client.post("/v1/join", asked))
         return
     with console().status("looking for the device that shows this code"):
-        joined = await client.post("/v1/join", {"code": code, "at": at})
+        joined = await client.post("/v1/join", asked)
     _say_paired(joined, joined["self"])
 
 
@@ -75,14 +76,16 @@ def _print_invitation(shown: dict[str, Any]) -> None:
     click.echo(f"If it finds nothing:  confidant join {code} --at {address}")
 
 
-async def _until_used(client: Client) -> dict[str, Any]:
+async def _until_used(client: Client, number: str) -> dict[str, Any]:
     with Live(console=console(), auto_refresh=False, transient=True) as live:
         while (state := await client.get("/v1/invite"))["outcome"] == "waiting":
+            if state["number"] != number:  # another terminal invites: this code is of no use
+                return {**state, "outcome": "withdrawn"}
             wrong = f", {state['wrong']} wrong so far" if state["wrong"] else ""
             left = duration(state["seconds_left"])
             live.update(Text(f"waiting for a device, {left} left{wrong}"), refresh=True)
             await asyncio.sleep(POLL_SECONDS)
-    return state
+    return state if state["number"] == number else {**state, "outcome": "withdrawn"}
 
 
 def _say_paired(other: dict[str, Any], me: dict[str, Any]) -> None:

@@ -73,13 +73,14 @@ def invite() -> None:
 @click.command()
 @click.argument("code", metavar="CODE")
 @click.option("--at", metavar="HOST:PORT", default="", help="Where the inviter is, without mDNS.")
+@click.option("--merge", is_flag=True, help="With all members of this device's own swarm.")
 @common
-def join(code: str, at: str) -> None:
+def join(code: str, at: str, merge: bool) -> None:
     """Join the swarm of the device that shows CODE (confidant invite)."""
     from confidantd.cli.inviting import join_swarm
 
     as_json = json_wanted()
-    run(lambda client: join_swarm(client, code, at, as_json=as_json))
+    run(lambda client: join_swarm(client, code, at, merge=merge, as_json=as_json))
 
 
 @click.command()

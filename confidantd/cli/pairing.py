@@ -47,6 +47,11 @@ async def remove_member(client: Client, device: str, *, as_json: bool) -> None:
         print_json(fields)
     else:
         click.echo(f"removed {plain(fields['short_id'])}; members that are off learn it later")
+        for other in fields["let_in"]:
+            name = plain(other["name"]) or plain(other["short_id"])
+            click.echo(
+                f"it had let in {name}, whom nobody else vouches for: confidant remove {name}"
+            )
 
 
 def _read_certificate(path: Path) -> str:

@@ -100,10 +100,16 @@ def peers(fields: Mapping[str, Any]) -> RenderableType:
 
 def members(fields: Mapping[str, Any]) -> RenderableType:
     """`confidant members`."""
-    made = table("name", "short id", "id")
+    made = table("name", "short id", "let in by", "id")
     for member in fields["members"]:
+        by = ", ".join(m["name"] or m["short_id"] for m in member["let_in_by"])
         name = member["name"] + (" (this)" if member["self"] else "")
-        made.add_row(cell(name, cut=True), cell(member["short_id"]), cell(member["id"][:32] + "…"))
+        made.add_row(
+            cell(name, cut=True),
+            cell(member["short_id"]),
+            cell(by, cut=True),
+            cell(member["id"][:16] + "…"),
+        )
     return made
 
 

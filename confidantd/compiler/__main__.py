@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from confidantd.confinement import confine
 from confidantd.errors import CompileError, ConfidantError
 from confidantd.ids import digest_of
 from confidantd.models.programs import canonical_request
@@ -72,4 +73,5 @@ def _programs(request: ProgramRequest) -> Iterator[tuple[str, bytes]]:
 
 
 if __name__ == "__main__":
+    confine()
     sys.exit(main(sys.argv[1:]))

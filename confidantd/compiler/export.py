@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from confidantd.compiler.gemm import use_gemm
 from confidantd.compiler.program import Port, Program, Traced, example_shape, free_size
 from confidantd.errors import CompileError
-from confidantd.models.programs import MANIFEST_KEY
+from confidantd.models.manifest import MANIFEST_KEY
 
 OPSET = 20  # onnxruntime 1.23, the oldest that workers run, reads opset 23 and IR 11;
 IR_VERSION = 10  # these two are what the exporter writes, and are checked so that it stays so

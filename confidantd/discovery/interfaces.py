@@ -30,6 +30,12 @@ def usable_addresses(hosts: Sequence[str]) -> tuple[str, ...]:
     return choose_addresses(_interface_addresses(), ipv6="::" in hosts)
 
 
+def interface_names(addresses: Iterable[str]) -> dict[str, str]:
+    """The interface of each of these addresses of this device; empty where that is not told."""
+    names = {text: interface for interface, text in _interface_addresses()}
+    return {address: names.get(address, "") for address in addresses}
+
+
 def choose_addresses(found: Iterable[tuple[str, str]], *, ipv6: bool = False) -> tuple[str, ...]:
     """Of (interface, address) pairs the usable addresses: IPv4 first, each kind sorted."""
     real: list[ipaddress.IPv4Address | ipaddress.IPv6Address] = []

@@ -47,6 +47,7 @@ class MdnsDiscovery:
         self._services: dict[str, Announcement] = {}
         self._tasks = TaskSet("mdns")
         self._warned = False
+        self.problem = ""  # why it does not work here now
 
     def watch(self, found: FoundListener, lost: LostListener) -> None:
         """Call `found` for each announcement, new or changed, and `lost` when one goes."""
@@ -86,6 +87,7 @@ class MdnsDiscovery:
         browser = None
         try:
             await zeroconf.zeroconf.async_wait_for_start()
+            self.problem = ""
             browser = AsyncServiceBrowser(
                 zeroconf.zeroconf, SERVICE_TYPE, handlers=[self._service_changed]
             )
@@ -161,6 +163,7 @@ class MdnsDiscovery:
     def _warn(self, failure: Exception) -> None:
         level = logging.DEBUG if self._warned else logging.WARNING
         self._warned = True
+        self.problem = str(failure) or type(failure).__name__
         _log.log(
             level,
             "mDNS does not work here (%s); devices are found by their addresses (--peer)",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ from confidantd.engine.backends.base import (
     first_line,
 )
 from confidantd.engine.backends.cpu import CpuBackend
+from confidantd.engine.program_check import check_program
 from confidantd.errors import BackendError, CorruptFileError, WorkerError
-from confidantd.models.programs import MANIFEST_KEY
+from confidantd.models.manifest import MANIFEST_KEY, Manifest, read_manifest
 
 Array = NDArray[Any]
 
@@ -35,9 +35,9 @@ class EngineProgram:
         self._session = _session(backend, path, setting)
         self._backend = backend
         manifest = _manifest(path, self._session)
-        self.name: str = manifest["program"]
-        self.inputs = tuple(str(port["name"]) for port in manifest["inputs"])
-        self.outputs = tuple(str(port["name"]) for port in manifest["outputs"])
+        self.name = manifest.program
+        self.inputs = tuple(port.name for port in manifest.inputs)
+        self.outputs = tuple(port.name for port in manifest.outputs)
         shapes = {value.name: value.shape for value in self._session.get_outputs()}
         self._shapes: dict[str, tuple[int, ...]] = {
             name: tuple(shape) for name, shape in shapes.items() if _is_known(shape)
@@ -104,6 +104,7 @@ class EngineProgram:
 
 
 def _session(backend: Backend, path: Path, setting: SessionSetting) -> onnxruntime.InferenceSession:
+    check_program(path)
     if backend.name == CpuBackend.name:
         return backend.session(path, setting)
     try:
@@ -116,11 +117,9 @@ def _session(backend: Backend, path: Path, setting: SessionSetting) -> onnxrunti
         ) from failure
 
 
-def _manifest(path: Path, session: onnxruntime.InferenceSession) -> dict[str, Any]:
+def _manifest(path: Path, session: onnxruntime.InferenceSession) -> Manifest:
     try:
-        metadata = session.get_modelmeta().custom_metadata_map
-        found: dict[str, Any] = json.loads(metadata[MANIFEST_KEY])
-        return found
+        return read_manifest(session.get_modelmeta().custom_metadata_map[MANIFEST_KEY])
     except (KeyError, ValueError) as failure:
         raise CorruptFileError(
             f"{path} is not a program this device can run ({first_line(failure)})"
@@ -130,9 +129,9 @@ def _manifest(path: Path, session: onnxruntime.InferenceSession) -> dict[str, An
 @functools.cache
 def free_dimensions(path: Path) -> frozenset[str]:
     """Names of the sizes that a program leaves open."""
-    manifest = _manifest(path, CpuBackend().session(path, SessionSetting(optimize=False)))
-    ports = [*manifest["inputs"], *manifest["outputs"]]
-    return frozenset(size for port in ports for size in port["shape"] if isinstance(size, str))
+    check_program(path)
+    session = CpuBackend().session(path, SessionSetting(optimize=False))
+    return _manifest(path, session).free_dimensions
 
 
 def fixed_dimensions(path: Path, sizes: Mapping[str, int]) -> dict[str, int]:

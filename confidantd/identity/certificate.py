@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import ssl
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from confidantd.errors import IdentityError, NotPairedError
 from confidantd.identity.files import check_private, make_private_folder
+from confidantd.identity.signing import run_tool
 from confidantd.ids import DeviceId, digest_of
 
 IDENTITY_FOLDER = "identity"
 KEY_NAME = "key.pem"
 CERTIFICATE_NAME = "certificate.pem"
 MAX_CERTIFICATE_CHARACTERS = 8_192  # ours have about 700
-
-_CREATE_SECONDS = 60.0  # importing `cryptography` takes seconds on a weak board
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +37,7 @@ def load_or_create(home: Path) -> Identity:
     folder = home / IDENTITY_FOLDER
     key, certificate = folder / KEY_NAME, folder / CERTIFICATE_NAME
     if not certificate.exists():
-        _create(folder)
+        run_tool("create", [str(folder)])
     check_files(key, certificate)
     pem = certificate.read_text(encoding="ascii")
     return Identity(home, certificate_device_id(pem), pem, key, certificate)
@@ -73,26 +69,3 @@ def certificate_device_id(pem: str) -> DeviceId:
 
 
 _EXPORT_HINT = "export it again on the other device and copy the whole file"
-
-
-def _create(folder: Path) -> None:
-    package_root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH", "")]))
-    try:
-        done = subprocess.run(  # noqa: S603 - this interpreter, no input of others
-            [sys.executable, "-m", "confidantd.identity", str(folder)],
-            env={**os.environ, "PYTHONPATH": path},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_CREATE_SECONDS,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as failure:
-        raise IdentityError(f"no identity could be made ({failure})", _CREATE_HINT) from None
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or ["no reason given"]
-        raise IdentityError(f"no identity could be made ({lines[-1][:200]})", _CREATE_HINT)
-
-
-_CREATE_HINT = "check that the package `cryptography` is installed and the home can be written"

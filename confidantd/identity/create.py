@@ -1,6 +1,6 @@
-"""Makes the key and the self-signed certificate. The only user of `cryptography`.
+"""Makes the key and the self-signed certificate. Loads `cryptography`.
 
-Runs in a short-lived process of its own (`python -m confidantd.identity HOME`), so
+Runs in a short-lived process of its own (`python -m confidantd.identity create FOLDER`), so
 that the library's memory never stays in the daemon.
 """
 

@@ -1,30 +1,39 @@
-"""Whom this device trusts: `HOME/members/<device id>.pem`, and how often each was added and
-removed, in `HOME/members/changes.json`.
+"""Whom this device trusts: the statements of members that count, in `HOME/members.json`.
+
+One file, replaced as a whole: what is in memory is never ahead of the disk, and a crash leaves the
+list as it was before or after a change.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from confidantd.errors import ConfidantError, DeviceError, StorageError
+from confidantd.errors import ConfidantError, DeviceError, IdentityError, ProtocolError
 from confidantd.identity.certificate import (
     CERTIFICATE_NAME,
     IDENTITY_FOLDER,
+    KEY_NAME,
     MAX_CERTIFICATE_CHARACTERS,
     certificate_device_id,
 )
 from confidantd.identity.files import make_private_folder, write_private_file
-from confidantd.ids import DeviceId, is_digest
-from confidantd.wire.roster import MAX_CHANGE, MAX_ENTRIES, RosterEntry
+from confidantd.identity.ledger import Ledger
+from confidantd.identity.signing import Claim, check, sign
+from confidantd.ids import DeviceId
+from confidantd.wire.codec import from_map, to_map
+from confidantd.wire.roster import MAX_SIGNATURE_BYTES, Statement, signed_bytes
 
 _log = logging.getLogger(__name__)
 
-MEMBERS_FOLDER = "members"
-CHANGES_NAME = "changes.json"
+MEMBERS_NAME = "members.json"
+FORMAT = 1
 
 Listener = Callable[[frozenset[DeviceId]], None]
 
@@ -36,28 +45,39 @@ class TrustStore:
     """
 
     def __init__(self, home: Path) -> None:
-        self._folder = home / MEMBERS_FOLDER
-        self._own_path = home / IDENTITY_FOLDER / CERTIFICATE_NAME
-        self._members: dict[DeviceId, str] = {}
-        self._changes: dict[DeviceId, int] = {}
-        self._own: dict[DeviceId, str] = {}
+        self._home = home
+        self._path = home / MEMBERS_NAME
+        identity = home / IDENTITY_FOLDER
+        self._own, self._key_path = (
+            _own_certificate(identity / CERTIFICATE_NAME),
+            identity / KEY_NAME,
+        )
         self._listeners: list[Listener] = []
         self._lock = threading.RLock()
-        self.reload()
+        self._ledger = self._read()
+        self._members = self._ledger.members
 
     def members(self) -> dict[DeviceId, str]:
         """Device ids to PEM certificates (this device's own is not among them)."""
         return dict(self._members)
 
-    def entries(self) -> tuple[RosterEntry, ...]:
-        """Every device that is or was a member, as members tell each other; also this one, once
-        it heard of itself. Neither waits nor reads a file.
-        """
-        certificates = {**self._members, **self._own}
-        return tuple(
-            RosterEntry(device, change, certificates.get(device, "") if change % 2 else "")
-            for device, change in sorted(dict(self._changes).items())
-        )
+    def introducers(self, device: DeviceId) -> set[DeviceId]:
+        """Which members let a device in."""
+        return self._ledger.introducers(device)
+
+    @property
+    def gone(self) -> int:
+        """By which change this device left a swarm last; whoever lets it in has to know."""
+        return self._ledger.gone
+
+    def statements(self) -> tuple[Statement, ...]:
+        """What members are told. Neither waits nor reads a file."""
+        return tuple(s for s in self._ledger.statements if s.signature)
+
+    def removal_of(self, device: DeviceId) -> tuple[Statement, ...]:
+        """Those by which a device was removed."""
+        said = self.statements()
+        return tuple(s for s in said if s.device == device and not s.admits)
 
     def on_change(self, listener: Listener) -> None:
         """Call `listener` after every change."""
@@ -68,159 +88,160 @@ class TrustStore:
         if listener in self._listeners:
             self._listeners.remove(listener)
 
-    def add(self, pem: str) -> DeviceId:
-        """Trust the device with this certificate from now on, also if it was removed before."""
+    def add(self, pem: str, gone: int = 0) -> DeviceId:
+        """Trust the device with this certificate from now on, also if it was removed before.
+
+        `gone`: by which change it left a swarm, as it says itself.
+        """
         device = certificate_device_id(pem)
-        if device == self._own_id():
-            raise DeviceError(
-                "this is the certificate of this very device",
-                "give the certificate of the other device",
-            )
         with self._lock:
-            before = self._changes.get(device, 0)
-            self._keep(RosterEntry(device, before + 1 + before % 2, pem))
+            ledger = self._ledger.copy()
+            if device == ledger.me:
+                raise DeviceError(
+                    "this is the certificate of this very device",
+                    "give the certificate of the other device",
+                )
+            made = ledger.admission(device, pem.strip() + "\n", gone)
+            if made is not None:
+                ledger.say(made)
+                self._keep(ledger)
         return device
 
     def remove(self, device: DeviceId) -> None:
         """Trust the device no longer, whoever still does."""
         with self._lock:
-            before = self._changes.get(device, 0)
-            self._keep(RosterEntry(device, before + 2 - before % 2))
+            ledger = self._ledger.copy()
+            ledger.say(ledger.removal(device))
+            try:
+                ledger.put_signatures(self._signed(ledger))
+            except ConfidantError as failure:
+                _log.warning("members are told later of a removal: %s", failure)
+            self._keep(ledger)
 
-    def merge(self, entries: Iterable[RosterEntry]) -> bool:
+    def sign(self) -> None:
+        """Sign what this device has said, so that it can be told."""
+        with self._lock:
+            ledger = self._ledger.copy()
+            signed = self._signed(ledger)
+            if signed:
+                ledger.put_signatures(signed)
+                self._keep(ledger)
+
+    def farewell(self) -> tuple[Statement, ...]:
+        """What members are told when this device leaves the swarm."""
+        with self._lock:
+            ledger = self._ledger.copy()
+            return self._with_signatures([ledger.removal(ledger.me)])
+
+    def merge(self, statements: Iterable[Statement]) -> bool:
         """Take what another member knows and this one does not; whether it was anything.
 
-        What is no device's certificate is left out. A device that hears that it was removed
+        `ProtocolError` if a signature is wrong. A device that hears that it was removed
         itself trusts nobody any more.
         """
         with self._lock:
-            own, news = self._own_id(), False
-            for entry in entries:
-                if not self._newer(entry):
-                    continue
-                if entry.device != own:
-                    self._keep(entry)
-                else:
-                    self._changes[entry.device] = entry.change
-                    self._write_changes()
-                    if not entry.member:
-                        self.leave()
-                news = True
-            return news
+            ledger = self._ledger.copy()
+            if not ledger.take(self._checked(ledger, statements)):
+                return False
+            if ledger.removed_me:
+                ledger = Ledger(ledger.me, ledger.removal_of(ledger.me))
+            self._keep(ledger)
+            return True
 
     def leave(self) -> None:
         """Trust nobody any more: this device is on its own."""
         with self._lock:
-            own = self._own_id()
-            for device in list(self._members):
-                self._unlink(device)
-            self._changes = {d: change for d, change in self._changes.items() if d == own}
-            self._write_changes()
-            self._replace({})
+            ledger = self._ledger.copy()
+            self._keep(Ledger(ledger.me, ledger.removal(ledger.me).change))
 
-    def reload(self) -> None:
-        """Read the folder again; files that are no member's certificate are left out, and said."""
-        with self._lock:
-            self._changes = self._read_changes()
-            found: dict[DeviceId, str] = {}
-            own = self._own_id()
-            for path in sorted(self._folder.glob("*.pem")):
-                pem = self._read_member(path)
-                device = certificate_device_id(pem) if pem else None
-                if pem is None or device is None or device == own:
-                    continue
-                if self._changes.setdefault(device, 1) % 2:
-                    found[device] = pem
-            self._replace(found)
+    def _checked(self, ledger: Ledger, statements: Iterable[Statement]) -> list[Statement]:
+        """Those that are new and by whom they say; by whom cannot be told are left out."""
+        found = [s for s in statements if not ledger.knows(s.id)]
+        certificates = self._certificates(found)
+        claims, claimed = [], []
+        for statement in found:
+            author = statement.author
+            pem = self._own if author == ledger.me else ledger.certificate(author)
+            pem = pem or certificates.get(author)
+            if pem is not None:
+                claims.append(Claim(pem, signed_bytes(statement), statement.signature))
+                claimed.append(statement)
+        if any(len(s.signature) > MAX_SIGNATURE_BYTES for s in claimed) or not all(check(claims)):
+            raise ProtocolError("its list of members has a wrong signature")
+        return claimed
 
-    def _read_member(self, path: Path) -> str | None:
-        try:
-            pem = _read_text(path)
-            device = certificate_device_id(pem)
-        except (ConfidantError, OSError, UnicodeDecodeError) as failure:
-            _log.warning("%s is left out: %s", path, failure)
-            return None
-        if is_digest(path.stem) and path.stem != device:
-            _log.warning("%s is left out: it holds the certificate of another device", path)
-            return None
-        return pem
+    def _certificates(self, statements: Sequence[Statement]) -> dict[DeviceId, str]:
+        """What statements bring with them; `ProtocolError` if one is of another device."""
+        found: dict[DeviceId, str] = {}
+        for statement in statements:
+            if not statement.admits or found.get(statement.device) == statement.certificate:
+                continue
+            try:
+                right = certificate_device_id(statement.certificate) == statement.device
+            except ConfidantError:
+                right = False
+            if not right:
+                raise ProtocolError("its list of members has a wrong certificate")
+            found[statement.device] = statement.certificate
+        return found
 
-    def _newer(self, entry: RosterEntry) -> bool:
-        """Whether it can be, and this device does not know it yet."""
-        if not is_digest(entry.device) or not 0 < entry.change < MAX_CHANGE:
-            return False
-        known = self._changes.get(entry.device)
-        if known is None and len(self._changes) >= MAX_ENTRIES:
-            _log.warning("a swarm has at most %d devices: one more is left out", MAX_ENTRIES)
-            return False
-        if known is not None and entry.change <= known:
-            return False
-        try:
-            return not entry.member or certificate_device_id(entry.certificate) == entry.device
-        except ConfidantError:
-            return False
+    def _signed(self, ledger: Ledger) -> tuple[Statement, ...]:
+        """Those of this device that have no signature yet, with one."""
+        unsigned = [s for s in ledger.statements if s.author == ledger.me and not s.signature]
+        return self._with_signatures(unsigned)
 
-    def _keep(self, entry: RosterEntry) -> None:
-        """Files first. A certificate is written before its number, and goes after it: what a crash
-        leaves in between is never a member that was removed.
-        """
-        device = entry.device
-        if entry.member:
-            text = entry.certificate.strip() + "\n"
-            make_private_folder(self._folder)
-            write_private_file(self._folder / f"{device}.pem", text.encode())
-            self._changes[device] = entry.change
-            self._write_changes()
-            self._replace({**self._members, device: text})
-            return
-        self._changes[device] = entry.change
-        self._write_changes()
-        self._unlink(device)
-        self._replace({k: v for k, v in self._members.items() if k != device})
+    def _with_signatures(self, statements: Sequence[Statement]) -> tuple[Statement, ...]:
+        signatures = sign(self._key_path, [signed_bytes(s) for s in statements])
+        return tuple(
+            replace(s, signature=signature)
+            for s, signature in zip(statements, signatures, strict=True)
+        )
 
-    def _unlink(self, device: DeviceId) -> None:
-        try:
-            (self._folder / f"{device}.pem").unlink(missing_ok=True)
-        except OSError as failure:
-            raise StorageError(f"the certificate cannot be removed ({failure.strerror})") from None
-
-    def _read_changes(self) -> dict[DeviceId, int]:
-        path = self._folder / CHANGES_NAME
-        try:
-            found = json.loads(path.read_text(encoding="ascii"))
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError) as failure:
-            _log.warning("%s is left out: %s", path, failure)
-            return {}
-        if not isinstance(found, dict):
-            return {}
-        return {
-            DeviceId(device): change
-            for device, change in found.items()
-            if is_digest(device) and isinstance(change, int) and 0 < change < MAX_CHANGE
+    def _keep(self, ledger: Ledger) -> None:
+        """On the disk first."""
+        fields = {
+            "format": FORMAT,
+            "gone": ledger.gone,
+            "statements": [_to_json(statement) for statement in ledger.statements],
         }
+        make_private_folder(self._home)
+        write_private_file(self._path, json.dumps(fields, indent=1).encode())
+        before, self._ledger, self._members = self._members, ledger, ledger.members
+        if self._members != before:
+            for listener in self._listeners:
+                listener(frozenset(self._members))
 
-    def _write_changes(self) -> None:
-        make_private_folder(self._folder)
-        data = json.dumps(self._changes, sort_keys=True).encode()
-        write_private_file(self._folder / CHANGES_NAME, data)
-
-    def _own_id(self) -> DeviceId | None:
-        """None before this device has an identity."""
-        if not self._own and self._own_path.exists():
-            pem = _read_text(self._own_path)
-            self._own = {certificate_device_id(pem): pem}
-        return next(iter(self._own), None)
-
-    def _replace(self, members: dict[DeviceId, str]) -> None:
-        if members == self._members:
-            return
-        self._members = members
-        for listener in self._listeners:
-            listener(frozenset(members))
+    def _read(self) -> Ledger:
+        """`IdentityError` for a damaged file: a removal must not be forgotten."""
+        me = certificate_device_id(self._own)
+        try:
+            found = json.loads(self._path.read_bytes())
+            if found["format"] != FORMAT or not isinstance(found["gone"], int):
+                raise ValueError
+            statements = [_from_json(fields) for fields in found["statements"]]
+            return Ledger(me, found["gone"], statements)
+        except FileNotFoundError:
+            return Ledger(me)
+        except (OSError, ValueError, KeyError, TypeError, ConfidantError) as failure:
+            raise IdentityError(
+                f"the list of members {self._path} cannot be read ({type(failure).__name__})",
+                "restore the file, or delete it and pair this device again",
+            ) from None
 
 
-def _read_text(path: Path) -> str:
-    with path.open(encoding="ascii") as file:
-        return file.read(MAX_CERTIFICATE_CHARACTERS + 1)
+def _own_certificate(path: Path) -> str:
+    try:
+        with path.open(encoding="ascii") as file:
+            return file.read(MAX_CERTIFICATE_CHARACTERS + 1)
+    except (OSError, ValueError) as failure:
+        raise IdentityError(f"there is no identity in {path.parent} ({failure})") from None
+
+
+def _to_json(statement: Statement) -> dict[str, Any]:
+    signature = base64.b64encode(statement.signature).decode()
+    return {**to_map(statement), "signature": signature}
+
+
+def _from_json(fields: dict[str, Any]) -> Statement:
+    signature = base64.b64decode(fields["signature"], validate=True)
+    return from_map(Statement, {**fields, "signature": signature})

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from confidantd.confinement import confine
 from confidantd.errors import ConfidantError, DataError
 from confidantd.jobs.documents import documents
 from confidantd.jobs.tokenizer import end_of_text, load_tokenizer
@@ -104,4 +105,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    confine()
     sys.exit(main())

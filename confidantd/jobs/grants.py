@@ -7,9 +7,9 @@ place in the job's next epoch keeps running in the old one until it is started i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from confidantd.errors import ProtocolError, StaleEpochError
 from confidantd.ids import DeviceId, Digest, JobId
@@ -109,6 +109,16 @@ class Grants:
             self._held[place_of(offer)] = Held(offer, coordinator, expires, folder)
         else:
             running.next_offer, running.coordinator, running.expires = offer, coordinator, expires
+
+    def made_by(self, device: DeviceId, params: Mapping[str, Any]) -> bool:
+        """Whether what was promised for a job, if anything, was asked for by that device."""
+        held = list(self._of(JobId(str(params.get("job")))))
+        return not held or any(h.coordinator == device for h in held)
+
+    def owned_by(self, device: DeviceId, params: Mapping[str, Any]) -> bool:
+        """Whether what is held of a job, if anything, is that device's."""
+        owners = {h.offer.owner for h in self._of(JobId(str(params.get("job"))))}
+        return not owners or device in owners
 
     def withdraw(self, job: JobId, epoch: int, coordinator: DeviceId) -> None:
         """Forget what was promised for an epoch that is not started; only who asked for it may."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
-from confidantd.errors import ProtocolError
-from confidantd.ids import DeviceId, Digest
+from confidantd.errors import NotAllowedError, ProtocolError
+from confidantd.ids import DeviceId, Digest, short_id
+from confidantd.jobs.authority import Authority
+
+_log = logging.getLogger(__name__)
 
 Handler = Callable[[DeviceId, dict[str, Any]], Awaitable[dict[str, Any]]]
 Listener = Callable[[DeviceId, dict[str, Any]], None]
@@ -36,18 +40,35 @@ class Peers:
     def __init__(self, self_id: DeviceId, transport: Transport) -> None:
         self.self_id = self_id
         self._transport = transport
+        self.authority = Authority(self_id)
         self._handlers: dict[str, Handler] = {}
         self._listeners: dict[str, Listener] = {}
 
     def on_request(self, method: str, handler: Handler) -> None:
-        """Answer `method` with `handler`, from this device and from others."""
-        self._handlers[method] = handler
-        self._transport.on_request(method, handler)
+        """Answer `method` with `handler`, from this device and from others that may ask it."""
+
+        async def guarded(device: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
+            self.authority.check(device, method, params)
+            return await handler(device, params)
+
+        self._handlers[method] = guarded
+        self._transport.on_request(method, guarded)
 
     def on_notify(self, topic: str, listener: Listener) -> None:
-        """Give notifications of `topic` to `listener`."""
-        self._listeners[topic] = listener
-        self._transport.on_notify(topic, listener)
+        """Give notifications of `topic` to `listener`; those of others than may send them are
+        late, or false, and dropped.
+        """
+
+        def guarded(device: DeviceId, params: dict[str, Any]) -> None:
+            try:
+                self.authority.check(device, topic, params)
+            except NotAllowedError as failure:
+                _log.debug("from %s: %s", short_id(device), failure)
+                return
+            listener(device, params)
+
+        self._listeners[topic] = guarded
+        self._transport.on_notify(topic, guarded)
 
     async def request(
         self,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from confidantd.errors import ConfidantError, PeerLostError, WorkerError, from_wire
 from confidantd.ids import DeviceId, JobId
+from confidantd.jobs.authority import Right
 from confidantd.jobs.peers import Peers
 from confidantd.jobs.stage_notes import Note, StageNotes
 from confidantd.store.blobs import BlobStore
@@ -61,6 +62,7 @@ class PipelineRouter:
 
     def __init__(self, peers: Peers) -> None:
         self._pipelines: dict[tuple[JobId, int], Pipeline] = {}
+        peers.authority.decide(Right.HOLDER, self._held_by)
         peers.on_notify("stage.event", self._event)
         peers.on_notify("stage.progress", self._progress)
 
@@ -77,16 +79,23 @@ class PipelineRouter:
         for pipeline in list(self._pipelines.values()):
             pipeline.device_lost(device, name)
 
-    def _event(self, device: DeviceId, params: dict[str, Any]) -> None:
+    def _held_by(self, device: DeviceId, params: Mapping[str, Any]) -> bool:
+        job, epoch, stage = (params.get(key) for key in ("job", "epoch", "stage"))
+        if not (isinstance(job, str) and isinstance(epoch, int) and isinstance(stage, int)):
+            return False
+        pipeline = self._pipelines.get((JobId(job), epoch))
+        return pipeline is not None and pipeline.holds(stage, device)
+
+    def _event(self, _device: DeviceId, params: dict[str, Any]) -> None:
         message = from_map(StageEvent, params)
         pipeline = self._pipelines.get((message.job, message.epoch))
-        if pipeline is not None and pipeline.holds(message.stage, device):
+        if pipeline is not None:
             pipeline.put(message.stage, event_from(message.event))
 
-    def _progress(self, device: DeviceId, params: dict[str, Any]) -> None:
+    def _progress(self, _device: DeviceId, params: dict[str, Any]) -> None:
         message = from_map(StageProgress, params)
         pipeline = self._pipelines.get((message.job, message.epoch))
-        if pipeline is not None and pipeline.holds(message.stage, device):
+        if pipeline is not None:
             pipeline.progress(message)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from confidantd.errors import CancelledJobError, ProtocolError
 from confidantd.ids import DeviceId, Digest, JobId, is_job_id
+from confidantd.jobs.authority import Right
 from confidantd.jobs.grants import Grants, Held, Place
 from confidantd.jobs.peers import Peers
 from confidantd.jobs.request_checks import check_offer
@@ -81,12 +82,14 @@ class StageHost:
         self._resources = resources
         self._address_of = address_of
         self._grants_changed = granted
-        self._coordinator = coordinator
         self._splits = splits
         self._speeds = speeds
         self._grants = Grants()
         self._deciding = asyncio.Lock()  # two offers at once must not get the same memory
         self._tasks = TaskSet("stages")
+        peers.authority.decide(Right.COORDINATOR, lambda device, _: device == coordinator())
+        peers.authority.decide(Right.OFFERER, self._grants.made_by)
+        peers.authority.decide(Right.OWNER, self._grants.owned_by)
         peers.on_request("stage.offer", self._offer)
         peers.on_request("stage.backends", self._backends)
         peers.on_request("stage.withdraw", self._withdraw)
@@ -122,8 +125,6 @@ class StageHost:
         if not is_job_id(offer.job):
             raise ProtocolError("an offer has no proper job id")
         check_offer(offer)
-        if coordinator != self._coordinator():
-            return to_map(OfferAnswer(False, 0, "it follows another coordinator", refuses=True))
         async with self._deciding:
             return to_map(await self._decide(offer, coordinator))
 

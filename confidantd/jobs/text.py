@@ -14,6 +14,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from confidantd.confinement import confine
 from confidantd.errors import ConfidantError, DataError, ProtocolError
 from confidantd.jobs.documents import is_unicode
 from confidantd.jobs.tokenizer import load_tokenizer
@@ -111,4 +112,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    confine()
     sys.exit(main())

@@ -10,7 +10,6 @@ from confidantd.models.spec import ProgramRequest
 from confidantd.models.tensors import block_parameters
 from confidantd.wire.codec import to_map
 
-MANIFEST_KEY = "confidant.manifest"  # in the metadata of a program: its inputs and outputs
 COMPILER_VERSION = "11"  # raise it whenever the compiler would write other programs
 
 LEAST_SPLIT_FLOPS = 1e8  # of a block's forward: under 1 ms on a phone's core, less than a join

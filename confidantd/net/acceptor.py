@@ -10,10 +10,12 @@ import contextlib
 import logging
 import socket
 import ssl
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 
-from confidantd.errors import NotPairedError
+from confidantd.errors import ConfidantError, NotPairedError, ProtocolError
 from confidantd.ids import DeviceId
+from confidantd.net.allowance import Allowance, Allowances
 from confidantd.net.tls import peer_device_id, unsent_alert
 from confidantd.tasks import TaskSet
 
@@ -21,6 +23,13 @@ _log = logging.getLogger(__name__)
 
 HANDSHAKE_SECONDS = 5.0
 MAX_HANDSHAKES = 64  # under way at once; more are dropped, so a flood costs little memory
+# A handshake costs a millisecond of a laptop's core, ten of a phone's. Hosts from which members
+# came may make some; all others together as many as a person would ever need.
+MEMBER_HANDSHAKES = (10.0, 100.0)  # of one host: a second, and at once
+STRANGER_HANDSHAKES = (5.0, 30.0)
+REMEMBERED_HOSTS = 256
+FLOOD_PAUSE_SECONDS = 0.05  # until the next ones are taken from the queue: the kernel drops others
+MAX_OPEN = 64  # connections of one device: one to talk, and some that fetch
 LOG_SECONDS = 10.0  # a stranger that keeps trying fills no log
 ACCEPT_PAUSE_SECONDS = 0.5  # when the process is out of file descriptors
 SHUTDOWN_SECONDS = 1.0
@@ -43,6 +52,9 @@ class Acceptor:
         self._listeners: list[socket.socket] = []
         self._unfinished: set[socket.socket] = set()
         self._quiet_until = 0.0
+        self._members = Allowances(*MEMBER_HANDSHAKES, remembered=REMEMBERED_HOSTS)
+        self._strangers = Allowance(*STRANGER_HANDSHAKES)
+        self._known: OrderedDict[str, None] = OrderedDict()  # hosts of members
 
     def start(self, listener: socket.socket) -> None:
         """Accept from `listener` until `close`."""
@@ -79,23 +91,30 @@ class Acceptor:
             return  # it went away again
         except OSError as failure:
             _log.warning("no connection can be accepted: %s", failure)
-            self._pause(listener)
+            self._pause(listener, ACCEPT_PAUSE_SECONDS)
             return
-        if len(self._unfinished) >= MAX_HANDSHAKES:
+        if len(self._unfinished) >= MAX_HANDSHAKES or not self._may_try(str(address[0])):
             connection.close()
+            self._pause(listener, FLOOD_PAUSE_SECONDS)
             return
         connection.setblocking(False)
         self._unfinished.add(connection)
         self._tasks.start(self._handshake(connection, str(address[0])), "handshake")
 
-    def _pause(self, listener: socket.socket) -> None:
-        """Out of file descriptors: the waiting connection would wake the loop again at once."""
+    def _may_try(self, host: str) -> bool:
+        now = asyncio.get_running_loop().time()
+        if host in self._known:
+            return self._members.take(host, now)
+        return self._strangers.take(now)
+
+    def _pause(self, listener: socket.socket, seconds: float) -> None:
+        """Those that wait would wake the loop again at once."""
         loop = asyncio.get_running_loop()
         loop.remove_reader(listener)
-        self._tasks.start(self._resume(listener), "resume")
+        self._tasks.start(self._resume(listener, seconds), "resume")
 
-    async def _resume(self, listener: socket.socket) -> None:
-        await asyncio.sleep(ACCEPT_PAUSE_SECONDS)
+    async def _resume(self, listener: socket.socket, seconds: float) -> None:
+        await asyncio.sleep(seconds)
         asyncio.get_running_loop().add_reader(listener, self._accept, listener)
 
     async def _handshake(self, connection: socket.socket, host: str) -> None:
@@ -127,12 +146,18 @@ class Acceptor:
             device = peer_device_id(transport.get_extra_info("ssl_object"))
             if not self._trusted(device):
                 raise NotPairedError("the device is trusted no longer")
-        except NotPairedError as failure:
+            self._open = {t: d for t, d in self._open.items() if not t.is_closing()}
+            if sum(d == device for d in self._open.values()) >= MAX_OPEN:
+                raise ProtocolError(f"it has {MAX_OPEN} connections already")
+        except ConfidantError as failure:
             _abort(transport)
             self._refused(host, failure)
             return
-        self._open = {t: d for t, d in self._open.items() if not t.is_closing()}
         self._open[transport] = device
+        self._known[host] = None
+        self._known.move_to_end(host)
+        while len(self._known) > REMEMBERED_HOSTS:
+            self._known.popitem(last=False)
 
     def _refused(self, host: str, failure: Exception) -> None:
         now = asyncio.get_running_loop().time()

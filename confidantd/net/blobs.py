@@ -12,9 +12,9 @@ from typing import Protocol
 import aiohttp
 from aiohttp import web
 
-from confidantd.errors import PeerLostError, StorageError
+from confidantd.errors import NotPairedError, PeerLostError, StorageError
 from confidantd.ids import DeviceId, Digest, is_digest
-from confidantd.net.dialer import bracketed, translated
+from confidantd.net.dialer import FORBIDDEN, bracketed, translated
 
 BLOB_PATH = "/v1/blobs"
 MAX_RANGE_BYTES = 4 * 1024 * 1024
@@ -145,6 +145,8 @@ async def read_range(
         translated(where, READ_SECONDS),
         session.get(url, ssl=context, headers=headers) as response,
     ):
+        if response.status == FORBIDDEN:
+            raise NotPairedError(f"the device at {where} does not know this one")
         if response.status != 206:
             raise StorageError(f"{where} does not have the data {digest[:12]} (any more)")
         shared = SHARED_HEADER in response.headers

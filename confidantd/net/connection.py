@@ -17,6 +17,7 @@ from aiohttp import web
 
 from confidantd.errors import ConfidantError, PeerLostError, ProtocolError, from_wire
 from confidantd.ids import DeviceId, short_id
+from confidantd.net.allowance import Allowance
 from confidantd.net.duplicates import Origin
 from confidantd.tasks import TaskSet
 from confidantd.wire.messages import (
@@ -38,9 +39,10 @@ RequestHandler = Callable[[DeviceId, dict[str, Any]], Awaitable[dict[str, Any]]]
 NotifyHandler = Callable[[DeviceId, dict[str, Any]], None]
 Socket = web.WebSocketResponse | aiohttp.ClientWebSocketResponse
 
-MAX_QUEUED_BYTES = 48 * 1024 * 1024  # three of the largest messages
+MAX_QUEUED_BYTES = 24 * 1024 * 1024  # three of the largest messages
 MAX_QUEUED_MESSAGES = 1_024
 MAX_RUNNING_HANDLERS = 128
+MESSAGES_PER_SECOND, MESSAGES_AT_ONCE = 300.0, 2_000.0  # a busy stage sends some ten
 RETIRE_SECONDS = 10.0  # for answers still under way when a duplicate is given up
 CLOSE_SECONDS = 2.0
 MAX_REASON_BYTES = 120  # a WebSocket close frame has room for 123
@@ -73,6 +75,7 @@ class Connection:
         self._pending: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._next_id = self._running_handlers = 0
         self._retiring = self._peer_retired = False
+        self._allowance = Allowance(MESSAGES_PER_SECOND, MESSAGES_AT_ONCE)
         self._handlers = TaskSet(f"answer-{self._name()}")
         self._tasks = TaskSet(f"connection-{self._name()}")
 
@@ -171,6 +174,7 @@ class Connection:
     async def _read(self) -> None:
         try:
             async for message in self._socket:
+                await self._pace()
                 if message.type is aiohttp.WSMsgType.ERROR:
                     break
                 if message.type is not aiohttp.WSMsgType.BINARY:
@@ -183,6 +187,12 @@ class Connection:
             self.close(f"the connection broke ({type(failure).__name__})")
         finally:
             self.close("this device failed inside")
+
+    async def _pace(self) -> None:
+        """A peer that sends without end is read slowly: its network holds the rest back."""
+        wait = self._allowance.wait(asyncio.get_running_loop().time())
+        if wait > 0:
+            await asyncio.sleep(wait)
 
     def _take(self, message: Message) -> None:
         match message:

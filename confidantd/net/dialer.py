@@ -17,6 +17,7 @@ CONTROL_PATH = "/v1/control"
 CONNECT_SECONDS = 5.0
 PING_SECONDS = 20.0  # keeps NAT and Wi-Fi associations alive; liveness is the swarm's heartbeat
 CLOSE_SECONDS = 1.0
+FORBIDDEN, TOO_MANY = 403, 429  # HTTP; a device makes one attempt at a time
 
 _PAIR_HINT = "pair the two devices: confidant invite on one, confidant join CODE on the other"
 
@@ -61,11 +62,17 @@ def _ours(where: str, failure: Exception) -> ConfidantError:
     if isinstance(cause, ssl.SSLError):
         return NotPairedError(f"the device at {where} does not know this one", _PAIR_HINT)
     if isinstance(failure, aiohttp.WSServerHandshakeError):
-        if failure.status == 403:
-            return NotPairedError(f"the device at {where} does not know this one", _PAIR_HINT)
-        return WireProtocolError(f"what answers at {where} is no confidantd")
+        return _refused(where, failure.status)
     # A TLS 1.3 server rejects a client only after the client's handshake is complete.
     return PeerLostError(
         f"the connection to {where} broke ({type(failure).__name__})",
         "check that both devices are paired and on the network",
     )
+
+
+def _refused(where: str, status: int) -> ConfidantError:
+    if status == FORBIDDEN:
+        return NotPairedError(f"the device at {where} does not know this one", _PAIR_HINT)
+    if status == TOO_MANY:
+        return PeerLostError(f"the device at {where} is being connected to already")
+    return WireProtocolError(f"what answers at {where} is no confidantd")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,6 +51,8 @@ ConflictListener = Callable[[str], None]
 TransferListener = Callable[[DeviceId, float], None]
 MAX_HEADER_BYTES = 8_190
 SHUTDOWN_SECONDS = 1.0
+MAX_GREETING = 2  # connections of one device: each may hold the bytes of a large message
+FAREWELL_SECONDS = 0.3  # in which a removed device is told so, before its sockets are cut
 LOOP_TURNS_TO_CLOSE = 3  # an aborted TLS transport closes its socket in the loop's next turns
 
 
@@ -88,11 +91,13 @@ class Network:
         self._notifications: dict[str, NotifyHandler] = {}
         self._connections = Connections()
         self._attempts = 0
+        self._greeting: Counter[DeviceId] = Counter()  # incoming ones that say who they are
         self._tasks = TaskSet("network")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._session: aiohttp.ClientSession | None = None
         self._acceptor: Acceptor | None = None
         self._conflicts: list[ConflictListener] = []
+        self._untrusted: list[DeviceListener] = []
 
     async def run(self) -> None:
         """Serve until cancelled. `PortTakenError` if the port asked for is in use."""
@@ -135,6 +140,10 @@ class Network:
     def on_disconnected(self, listener: DeviceListener) -> None:
         """Call when a device has no connection any more."""
         self._connections.disconnected.append(listener)
+
+    def on_untrusted(self, listener: DeviceListener) -> None:
+        """Call with a connected device that is trusted no longer, for a last message to it."""
+        self._untrusted.append(listener)
 
     def on_conflict(self, listener: ConflictListener) -> None:
         """Call with the address of another device that has our very identity."""
@@ -281,13 +290,19 @@ class Network:
         device = device_of(request.get_extra_info("ssl_object"))
         if not self._trusts(device):
             raise web.HTTPForbidden
-        await socket.prepare(request)
+        if self._greeting[device] >= MAX_GREETING:
+            raise web.HTTPTooManyRequests
         host = request.remote or "?"
+        self._greeting[device] += 1
         try:
+            await socket.prepare(request)
             peer = await greet_back(socket, device, self._hello())
         except ConfidantError as failure:
             _log.info("no connection from %s: %s", host, failure)
             return socket
+        finally:
+            self._greeting[device] -= 1
+            self._greeting += Counter()  # drops who greets no longer
         if device == self.identity.device_id:
             await socket.close()
             self._tell_conflict(peer, host)
@@ -352,9 +367,11 @@ class Network:
         self._contexts.forget()
         for device in self.connected():
             if not self._trusts(device):
+                for listener in self._untrusted:
+                    listener(device)
                 self.disconnect(device, "the device is trusted no longer")
-        if self._acceptor is not None:
-            self._acceptor.drop_untrusted()
+        if self._loop is not None and self._acceptor is not None:
+            self._loop.call_later(FAREWELL_SECONDS, self._acceptor.drop_untrusted)
 
     def _require_address(self, device: DeviceId) -> tuple[str, int]:
         address = self.address(device)

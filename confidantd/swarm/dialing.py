@@ -44,6 +44,9 @@ class Dialing:
         self._nudges: dict[DeviceId, asyncio.Event] = {}
         self._random = random.Random()  # noqa: S311 - spreads attempts in time, protects nothing
         self._said: set[str] = set()
+        # The last failure at each address of a member, and at addresses that a person gave.
+        self.failures: dict[DeviceId, dict[str, ConfidantError]] = {}
+        self.typed: dict[str, ConfidantError] = {}
 
     def start_typed(self, host: str, port: int) -> None:
         """Try an address that a person gave until a device answers, and again when it is lost."""
@@ -53,6 +56,7 @@ class Dialing:
         """Dial exactly these devices from now on."""
         for device in set(self._members) - members:
             self._members.pop(device).cancel()
+            self.failures.pop(device, None)
             self._nudges.pop(device, None)
         for device in members - set(self._members):
             self._nudges[device] = asyncio.Event()
@@ -89,23 +93,28 @@ class Dialing:
         """Dial the addresses of a member, the most promising first; True if one worked."""
         tried: set[str] = set()
         refused = 0
+        failures: dict[str, ConfidantError] = {}
         while address := self._next_address(device, tried):
             tried.add(address)
             host, port = parse_address(address) or ("", 0)
             try:
                 await self._network.connect(host, port, device)
-            except PeerRefusedError:
+            except PeerRefusedError as failure:
                 refused += 1
+                failures[address] = failure
             except UnexpectedDeviceError as failure:
                 self._book.drop(device, address)
+                failures[address] = failure
                 self._say(address, failure)
             except ConfidantError as failure:
+                failures[address] = failure
                 self._say(address, failure)
             else:
                 self._book.put_first(device, [address])
                 return True
             if device in self._network.connected():  # it reached us meanwhile
                 return True
+        self.failures[device] = failures
         if tried and refused == len(tried):
             self._refused(device)
         return False
@@ -121,12 +130,14 @@ class Dialing:
             try:
                 if device is None or device not in self._network.connected():
                     device = await self._network.connect(host, port, None)
+                    self.typed.pop(address, None)
                     pause = TYPED_PAUSE_SECONDS
                     self._book.put_first(device, [address])
                 if device == self._network.identity.device_id:
                     _log.info("--peer %s is this device itself", address)
                     return
             except ConfidantError as failure:
+                self.typed[address] = failure
                 self._say(address, failure)
                 pause = min(1.5 * pause, TYPED_PAUSE_SECONDS)
             await asyncio.sleep(pause)

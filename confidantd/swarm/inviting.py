@@ -6,9 +6,10 @@ Its TLS shows this device's certificate and asks for none; whoever connects prov
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
-import socket
 import ssl
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -34,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 20.0  # a weak board needs a second for the exchange
 HANDSHAKE_SECONDS = 5.0
-MAX_CONNECTIONS = 8
+MAX_CONNECTIONS, MAX_FROM_HOST = 64, 8  # one stranger does not keep others out
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ class Inviting:
         self._identity, self._trust, self._hosts = identity, trust, tuple(hosts)
         self._me, self._changed, self._joined = me, changed, joined
         self._servers: list[asyncio.Server] = []
-        self._connections = 0
+        self._connections: Counter[str] = Counter()
         self._used: Code | None = None  # by a device that is being added
         self._tasks = TaskSet("inviting")
 
@@ -82,12 +83,21 @@ class Inviting:
         listeners = await asyncio.to_thread(open_any, self._hosts)
         self.port = int(listeners[0].getsockname()[1])
         self.last = None
-        self.invitation = Invitation(new_code(), self._now() + INVITATION_SECONDS)
+        self.invitation = Invitation(self._other_code(), self._now() + INVITATION_SECONDS)
         for listener in listeners:
-            self._servers.append(await self._server(listener, context))
+            accept = functools.partial(self._accept, context)
+            self._servers.append(await asyncio.start_server(accept, sock=listener))
         self._tasks.start(self._expire(self.invitation), "expiry")
         self._changed()
         return self.invitation
+
+    def _other_code(self) -> Code:
+        """A new one with another number than the last: by it one sees which invitation it is."""
+        last = self.invitation
+        while True:
+            code = new_code()
+            if last is None or code.number != last.code.number:
+                return code
 
     async def withdraw(self) -> None:
         """Close the open invitation, if there is one."""
@@ -99,14 +109,6 @@ class Inviting:
         """This device stops."""
         await self.withdraw()
         await self._tasks.close()
-
-    async def _server(self, listener: socket.socket, context: ssl.SSLContext) -> asyncio.Server:
-        return await asyncio.start_server(
-            self._connected,
-            sock=listener,
-            ssl=context,
-            ssl_handshake_timeout=HANDSHAKE_SECONDS,
-        )
 
     async def _close_listeners(self) -> None:
         servers, self._servers = self._servers, []
@@ -121,17 +123,29 @@ class Inviting:
             self.invitation = self.invitation.at(self._now())
             await self._close_listeners()
 
-    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._connections >= MAX_CONNECTIONS:
+    def _accept(
+        self, context: ssl.SSLContext, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """Counted before the handshake, which a stranger may never end."""
+        host = str((writer.get_extra_info("peername") or ("?",))[0])
+        full = self._connections.total() >= MAX_CONNECTIONS
+        if full or self._connections[host] >= MAX_FROM_HOST:
             writer.close()
             return
-        self._connections += 1
-        self._tasks.start(self._serve(PairingStream(reader, writer), writer), "joiner")
+        self._connections[host] += 1
+        self._tasks.start(self._serve(context, reader, writer, host), "joiner")
 
-    async def _serve(self, stream: PairingStream, writer: asyncio.StreamWriter) -> None:
-        host = str(writer.get_extra_info("peername")[0])
+    async def _serve(
+        self,
+        context: ssl.SSLContext,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        host: str,
+    ) -> None:
+        stream = PairingStream(reader, writer)
         try:
             async with translated("a device that joins", ANSWER_SECONDS):
+                await writer.start_tls(context, ssl_handshake_timeout=HANDSHAKE_SECONDS)
                 try:
                     await self._pair(stream, host)
                 except ConfidantError as failure:
@@ -140,7 +154,8 @@ class Inviting:
         except ConfidantError as failure:
             _log.info("no pairing with %s: %s", host, failure)
         finally:
-            self._connections -= 1
+            self._connections[host] -= 1
+            self._connections += Counter()  # drops hosts without one
             await stream.close()
             if self.invitation is None or not self.invitation.open:
                 await self._close_listeners()
@@ -162,7 +177,7 @@ class Inviting:
             raise
         self._used = invitation.code  # before anything else can use it
         try:
-            device = await asyncio.to_thread(self._trust.add, card.certificate)
+            device = await asyncio.to_thread(self._trust.add, card.certificate, card.gone)
         except ConfidantError:
             self._used = None
             raise

@@ -44,7 +44,7 @@ async def join(trust: TrustStore, code: Code, host: str, port: int, me: Card) ->
             ) from None
     finally:
         await stream.close()
-    device = await asyncio.to_thread(trust.add, card.certificate)
+    device = await asyncio.to_thread(trust.add, card.certificate, card.gone)
     return Joined(device, clean_name(card.name), host, card.port)
 
 

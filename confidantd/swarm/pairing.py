@@ -18,7 +18,7 @@ from typing import Literal
 
 from confidantd.errors import NotPairedError, UsageError, WrongCodeError
 from confidantd.ids import DeviceId
-from confidantd.wire.codec import pack
+from confidantd.wire.codec import pack, to_map
 from confidantd.wire.pairing import Card
 
 NUMBER_DIGITS, SECRET_DIGITS = 3, 6
@@ -118,5 +118,5 @@ class Exchange:
             raise WrongCodeError("the code is wrong", "compare it with the other device's screen")
 
     def _proof(self, role: Role, card: Card) -> bytes:
-        said = pack({"role": role, "pem": card.certificate, "name": card.name, "port": card.port})
+        said = pack({"role": role, **to_map(replace(card, proof=b""))})
         return hmac.new(self._key, said, hashlib.sha256).digest()

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 from confidantd.errors import ConfidantError, ProtocolError
 from confidantd.identity.trust import TrustStore
 from confidantd.ids import DeviceId
+from confidantd.net.allowance import Allowances
 from confidantd.net.network import Network
 from confidantd.wire.codec import from_map, to_map
-from confidantd.wire.roster import MAX_ENTRIES, Roster, RosterEntry
+from confidantd.wire.roster import MAX_STATEMENTS, Roster, Statement
 
 _log = logging.getLogger(__name__)
 
 ROSTER_TOPIC = "swarm.roster"
-MAX_WAITING = 64  # rosters of peers that are not looked at yet
+ROSTERS = (0.1, 10.0)  # of one member: a second, and at once; signatures take time to check
+LATER_SECONDS = 1.0
 
 
 class RosterGossip:
@@ -26,70 +28,89 @@ class RosterGossip:
     def __init__(self, network: Network, trust: TrustStore) -> None:
         self._network = network
         self._trust = trust
-        self._me = network.identity.device_id
-        self._came: deque[tuple[DeviceId, Roster]] = deque(maxlen=MAX_WAITING)
-        self._told: tuple[RosterEntry, ...] = ()
+        self._came: dict[DeviceId, Roster] = {}
+        self._heard = Allowances(*ROSTERS, remembered=MAX_STATEMENTS)
+        self._timer: asyncio.TimerHandle | None = None
+        self._told: tuple[Statement, ...] = ()
         self._wake = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         network.on_notify(ROSTER_TOPIC, self._roster_came)
         network.on_connected(self._connected)
+        network.on_untrusted(self._untrusted)
 
     async def run(self) -> None:
         """Serve until cancelled."""
         self._loop = asyncio.get_running_loop()
         self._trust.on_change(self._trust_changed)
+        self._wake.set()
         try:
             while True:
                 await self._wake.wait()
                 self._wake.clear()
                 await self._take()
+                await self._sign()
                 self._tell_all()
         finally:
             self._trust.forget_listener(self._trust_changed)
+            if self._timer is not None:
+                self._timer.cancel()
 
-    def say_removed(self, device: DeviceId) -> None:
-        """Let a device know that it will be removed: what it is told when it is, nobody knows."""
-        known = {entry.device: entry for entry in self._trust.entries()}
-        change = known[device].change if device in known else 0
-        self._send(device, (RosterEntry(device, change + 2 - change % 2),))
-
-    def say_left(self) -> None:
+    async def say_left(self) -> None:
         """Tell everybody that this device leaves the swarm."""
-        known = {entry.device: entry for entry in self._trust.entries()}
-        change = known[self._me].change if self._me in known else 1
-        for device in self._network.connected():
-            self._send(device, (RosterEntry(self._me, change + 2 - change % 2),))
+        for statement in await asyncio.to_thread(self._trust.farewell):
+            for device in self._network.connected():
+                self._send(device, [statement])
 
     async def _take(self) -> None:
-        while self._came:
-            device, roster = self._came.popleft()
+        """What came, as far as each sender may be heard now; the rest a little later."""
+        for device in list(self._came):
+            roster = self._came[device]
             if device not in self._trust.members():
-                continue  # it was removed meanwhile
+                del self._came[device]  # it was removed meanwhile
+                continue
+            if not self._heard.take(device, asyncio.get_running_loop().time()):
+                self._later()
+                continue
+            del self._came[device]
             try:
-                # nobody vouches for itself: one that was removed would let itself in again
-                vouched = [e for e in roster.entries if e.device != device or not e.member]
-                await asyncio.to_thread(self._trust.merge, vouched)
+                await asyncio.to_thread(self._trust.merge, roster.statements)
+            except ProtocolError as failure:
+                self._network.disconnect(device, failure.message)
             except ConfidantError as failure:
                 _log.warning("the list of members could not be kept: %s", failure)
 
+    def _later(self) -> None:
+        if self._timer is None or self._timer.when() < asyncio.get_running_loop().time():
+            self._timer = asyncio.get_running_loop().call_later(LATER_SECONDS, self._wake.set)
+
+    async def _sign(self) -> None:
+        try:
+            await asyncio.to_thread(self._trust.sign)
+        except ConfidantError as failure:
+            _log.warning("members are told later of a new one: %s", failure)
+
     def _tell_all(self) -> None:
-        entries = self._trust.entries()
-        if entries != self._told:
-            self._told = entries
+        statements = self._trust.statements()
+        if statements != self._told:
+            self._told = statements
             for device in self._network.connected():
-                self._send(device, entries)
+                self._send(device, statements)
 
     def _connected(self, device: DeviceId) -> None:
-        self._send(device, self._trust.entries())
+        self._send(device, self._trust.statements())
 
-    def _send(self, device: DeviceId, entries: tuple[RosterEntry, ...]) -> None:
-        self._network.send(device, ROSTER_TOPIC, to_map(Roster(entries[:MAX_ENTRIES])))
+    def _untrusted(self, device: DeviceId) -> None:
+        """What it is told when it is gone, nobody knows."""
+        self._send(device, self._trust.removal_of(device))
+
+    def _send(self, device: DeviceId, statements: Iterable[Statement]) -> None:
+        self._network.send(device, ROSTER_TOPIC, to_map(Roster(tuple(statements))))
 
     def _roster_came(self, device: DeviceId, params: dict[str, Any]) -> None:
         roster = from_map(Roster, params)
-        if len(roster.entries) > MAX_ENTRIES:
+        if len(roster.statements) > MAX_STATEMENTS:
             raise ProtocolError("it sent too long a list of members")
-        self._came.append((device, roster))
+        self._came[device] = roster  # it has all that an earlier one had
         self._wake.set()
 
     def _trust_changed(self, _members: frozenset[DeviceId]) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from confidantd.discovery.announcement import Announcement
-from confidantd.discovery.interfaces import usable_addresses
-from confidantd.errors import NoCoordinatorError, StorageError
+from confidantd.discovery.interfaces import interface_names, usable_addresses
+from confidantd.errors import ConfidantError, NoCoordinatorError, StorageError
 from confidantd.identity.trust import TrustStore
 from confidantd.ids import DeviceId, short_id
 from confidantd.net.network import Network
@@ -21,12 +21,14 @@ from confidantd.swarm.addresses import (
     typed_address,
 )
 from confidantd.swarm.conflict import ConflictWatch
+from confidantd.swarm.diagnosis import Facts, Neighbour
 from confidantd.swarm.dialing import Dialing
 from confidantd.swarm.inviting import Joined
 from confidantd.swarm.link_measuring import LinkMeasuring
 from confidantd.swarm.membership import Membership
 from confidantd.swarm.memory import load_addresses, load_term, save_addresses
 from confidantd.swarm.pairing_service import PairingService
+from confidantd.swarm.reach import Reach
 from confidantd.swarm.roster import RosterGossip
 from confidantd.swarm.state import CoordinatorView, PeerView, swarm_tag
 from confidantd.wire.messages import MAX_ADDRESSES, PROTOCOL_VERSION
@@ -50,6 +52,9 @@ class Discovery(Protocol):
     ) -> None: ...
 
     def announce(self, announcement: Announcement) -> None: ...
+
+    @property
+    def problem(self) -> str: ...
 
 
 class Swarm:
@@ -81,6 +86,7 @@ class Swarm:
         self._conflict = ConflictWatch(network, self._notify_change)
         self._dialing = Dialing(network, self._book, self._membership.refused)
         self._roster = RosterGossip(network, trust)
+        self._reach = Reach(network, lambda device: self._protocol_heard(device) is not None)
         self.pairing = PairingService(
             network,
             trust,
@@ -130,6 +136,41 @@ class Swarm:
     def conflict(self) -> str | None:
         """One sentence if another daemon has this device's identity (a copied home)."""
         return self._conflict.sentence()
+
+    async def network_facts(self) -> Facts:
+        """What `confidant doctor` judges; asks other devices, for some seconds at most."""
+        answers = await self._reach.answers()
+        connected, book = self._network.connected(), self._dialing
+        members = self._trust.members()
+        neighbours = [
+            Neighbour(
+                self._name(device) or short_id(device),
+                device in connected,
+                self._protocol_heard(device),
+                _said(book.failures.get(device, {})),
+                answers.get(device),
+            )
+            for device in members
+        ]
+        interfaces = await asyncio.to_thread(interface_names, self._ips)
+        discovery = self._discovery
+        strangers = [
+            v for v in self._announced.values() if v.device_id not in self._trust.members()
+        ]
+        return Facts(
+            str(PROTOCOL_VERSION),
+            self._network.port,
+            "off" if discovery is None else "failed" if discovery.problem else "running",
+            discovery.problem if discovery is not None else "",
+            interfaces,
+            neighbours,
+            [(v.name or short_id(v.device_id), v.version) for v in strangers],
+            _said(book.typed),
+        )
+
+    def _protocol_heard(self, device: DeviceId) -> str | None:
+        heard = (v.version for v in self._announced.values() if v.device_id == device)
+        return next(heard, None)
 
     def tag(self) -> str:
         """A short name for this set of paired devices."""
@@ -333,3 +374,7 @@ def _digest(resources: Resources | None) -> str:
         return ""
     lasting = (resources.memory_bytes, resources.backends, resources.roles, resources.version)
     return hashlib.sha256(repr(lasting).encode()).hexdigest()[:16]
+
+
+def _said(failures: Mapping[str, ConfidantError]) -> dict[str, tuple[str, str]]:
+    return {address: (failure.code, failure.message) for address, failure in failures.items()}

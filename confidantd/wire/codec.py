@@ -19,7 +19,7 @@ import msgpack
 
 from confidantd.errors import ProtocolError
 
-MAX_MESSAGE_BYTES = 16 * 1024 * 1024  # a manifest of a 70B model's tensors is about 200 KB
+MAX_MESSAGE_BYTES = 8 * 1024 * 1024  # a manifest of a 70B model's tensors is about 200 KB
 _MAX_DEPTH = 12
 
 _T = TypeVar("_T")

@@ -40,11 +40,14 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """Who a device is. `proof` is a MAC of the rest under the key of the exchange."""
+    """Who a device is. `gone`: by which change it left a swarm last (`wire.roster`). `proof` is
+    a MAC of the rest under the key of the exchange.
+    """
 
     certificate: str
     name: str
     port: int
+    gone: int = 0
     proof: bytes = b""
 
 

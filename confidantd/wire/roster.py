@@ -1,36 +1,56 @@
-"""Who belongs to a swarm, as members tell each other."""
+"""Who belongs to a swarm, as members tell each other: signed statements."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from confidantd.ids import DeviceId
+from confidantd.ids import DeviceId, Digest, digest_of
+from confidantd.wire.codec import pack, to_map
 
-MAX_ENTRIES = 512
+MAX_STATEMENTS = 2_048  # every member may have let in every other one: of 45 devices
 MAX_CHANGE = 2**31
+MAX_SIGNATURE_BYTES = 80  # ECDSA over P-256 in DER has at most 72
+_PURPOSE = "confidant roster 1"  # what is signed for another purpose is no statement
 
 
 @dataclass(frozen=True, slots=True)
-class RosterEntry:
-    """Where a device stands: after an odd `change` it is a member, after an even one removed.
+class Statement:
+    """What one member says of another device: that it belongs to the swarm, with its certificate
+    (PEM), or, without one, that it does no longer.
 
-    Every invitation and every removal is one more change, and the highest one is right,
-    whoever tells it. So a device that was removed stays so until it is invited again,
-    also where a member who was away still has it on its list.
+    `change` counts the times that `device` came and went: it belongs to the swarm while it
+    was let in by a higher change than it was removed by. `keeps`, of a removal: ids of those
+    statements of the removed device itself that count still; all others are its revenge.
+    `signature` is the author's, over `signed_bytes`; empty while it has told nobody.
     """
 
+    author: DeviceId
     device: DeviceId
     change: int
-    certificate: str = ""  # PEM of a member
+    certificate: str = ""
+    keeps: tuple[Digest, ...] = ()
+    signature: bytes = b""
 
     @property
-    def member(self) -> bool:
-        """Whether it belongs to the swarm."""
-        return self.change % 2 == 1
+    def admits(self) -> bool:
+        """Whether it lets the device in."""
+        return bool(self.certificate)
+
+    @property
+    def id(self) -> Digest:
+        """Of what is said, without the signature."""
+        return digest_of(signed_bytes(self))
+
+
+def signed_bytes(statement: Statement) -> bytes:
+    """What the author signs."""
+    fields = to_map(statement)
+    del fields["signature"]
+    return pack({"purpose": _PURPOSE, **fields})
 
 
 @dataclass(frozen=True, slots=True)
 class Roster:
-    """All that one member knows."""
+    """All that one member knows, in the order in which it learned it."""
 
-    entries: tuple[RosterEntry, ...]
+    statements: tuple[Statement, ...]

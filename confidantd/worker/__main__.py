@@ -6,6 +6,7 @@ import asyncio
 import logging
 import sys
 
+from confidantd.confinement import confine
 from confidantd.worker.control import ControlPipe
 from confidantd.worker.stage_worker import StageWorker
 
@@ -19,5 +20,6 @@ async def _main() -> int:
 
 
 if __name__ == "__main__":
+    confine()
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     sys.exit(asyncio.run(_main()))

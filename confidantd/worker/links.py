@@ -26,6 +26,7 @@ from confidantd.worker.inbox import Inbox
 CONNECT_SECONDS = 20.0  # a weak phone needs seconds to load its stage before it dials
 KEEP_ALIVE_SECONDS = 5.0  # ping; two missed pings end the link
 FRAME_OVERHEAD_BYTES = 8_192
+MAX_WAITING = 8  # connections of no stage yet: a stage has two neighbours, or three
 MAX_QUEUED_FRAMES = 64  # outgoing; above every window, so that credits never wait behind it
 
 Socket = web.WebSocketResponse | aiohttp.ClientWebSocketResponse
@@ -81,6 +82,7 @@ class Links:
         self._runner: web.AppRunner | None = None
         self._session: aiohttp.ClientSession | None = None
         self._closing = False
+        self._waiting = 0  # connections that have not shown which stage they are
         # Two neighbours within their windows, and the frames that come once a step.
         self.inbox = Inbox(max_bytes=(2 * self._window + 8) * self._max_message_bytes)
 
@@ -181,15 +183,20 @@ class Links:
         socket_ = web.WebSocketResponse(
             compress=False, heartbeat=KEEP_ALIVE_SECONDS, max_msg_size=self._max_message_bytes
         )
-        await socket_.prepare(request)
-        tls = request.get_extra_info("ssl_object")
+        if self._waiting >= MAX_WAITING:
+            raise web.HTTPTooManyRequests
+        self._waiting += 1
         try:
+            await socket_.prepare(request)
+            tls = request.get_extra_info("ssl_object")
             frame, _ = decode_frame(await socket_.receive_bytes(timeout=CONNECT_SECONDS))
             self._check(frame)
             await self._admit(frame, peer_device_id(tls))
         except (ConfidantError, TypeError, TimeoutError) as failure:
             await socket_.close(message=str(failure).encode()[:120])
             return socket_
+        finally:
+            self._waiting -= 1
         link = Link(frame.stage, socket_, Credits(self._window))
         done = await self._adopt(link)
         await asyncio.wait([done])

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from confidantd.confinement import confine
 from confidantd.engine.block_speed import Bench
 from confidantd.errors import ConfidantError, DoesNotFitError
 from confidantd.ids import DeviceId
@@ -49,4 +50,5 @@ def _say(message: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    confine()
     sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))

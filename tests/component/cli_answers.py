@@ -55,8 +55,14 @@ PEERS: dict[str, Any] = {
 
 MEMBERS = {
     "members": [
-        {"id": ANNA, "short_id": "AAAA-BBBB-CC", "name": "anna", "self": True},
-        {"id": BEN, "short_id": "BBBB-CCCC-DD", "name": "", "self": False},
+        {"id": ANNA, "short_id": "AAAA-BBBB-CC", "name": "anna", "self": True, "let_in_by": []},
+        {
+            "id": BEN,
+            "short_id": "BBBB-CCCC-DD",
+            "name": "",
+            "self": False,
+            "let_in_by": [{"id": ANNA, "short_id": "AAAA-BBBB-CC", "name": "anna"}],
+        },
     ]
 }
 

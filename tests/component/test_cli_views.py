@@ -234,7 +234,7 @@ def test_certificates_go_from_device_to_device_as_files(tmp_path: Path) -> None:
     routes = {
         "GET /v1/certificate": answers.CERTIFICATE,
         "POST /v1/members": added,
-        "DELETE /v1/members/ben%20b": added,
+        "DELETE /v1/members/ben%20b": {**added, "let_in": [{**added, "name": "dora"}]},
     }
     home = tmp_path / "home"
     with fake_daemon(home, routes) as daemon:
@@ -243,7 +243,9 @@ def test_certificates_go_from_device_to_device_as_files(tmp_path: Path) -> None:
         assert "BBBB-CCCC-DD" in confidant(home, "members", "add", str(pem)).stdout
         twice = confidant(home, "members", "add", str(pem), str(pem), "--json")
         assert json.loads(twice.stdout) == {"members": [added, added]}
-        assert "removed BBBB-CCCC-DD" in confidant(home, "remove", "ben b").stdout
+        removed = confidant(home, "remove", "ben b").stdout
+    assert "removed BBBB-CCCC-DD" in removed
+    assert "it had let in dora" in removed
     assert pem.read_text() == answers.CERTIFICATE["pem"]
     sent = Request("POST", "/v1/members", {"pem": answers.CERTIFICATE["pem"]})
     assert daemon.requests.count(sent) == 3

@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 import pytest
 
-from confidantd.models.programs import MANIFEST_KEY
+from confidantd.models.manifest import MANIFEST_KEY
 from confidantd.models.saved import saved_floats
 from confidantd.models.spec import LoraSpec, ModelSpec, ProgramRequest
 from tests.component.engine_models import ROWS, TOKENS, save_model

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from confidantd.errors import DeviceError, IdentityError, NotPairedError
+from confidantd.errors import (
+    DeviceError,
+    IdentityError,
+    NotPairedError,
+    ProtocolError,
+    StorageError,
+)
 from confidantd.identity.certificate import load_or_create
 from confidantd.identity.trust import TrustStore
 from confidantd.ids import DeviceId
-from confidantd.wire.roster import RosterEntry
 
 
 def test_an_identity_is_made_once_and_private(tmp_path: Path) -> None:
@@ -58,14 +63,39 @@ def test_trust_is_kept_in_files_and_tells_its_listeners(tmp_path: Path) -> None:
     assert changes == [1, 0]
 
 
-def test_files_that_are_no_certificate_are_left_out(tmp_path: Path) -> None:
-    two = load_or_create(tmp_path / "two")
-    members = tmp_path / "one" / "members"
-    members.mkdir(parents=True)
-    (members / "junk.pem").write_text("junk")
-    (members / f"{'0' * 64}.pem").write_text(two.certificate_pem)
-    (members / "any-name.pem").write_text(two.certificate_pem)
-    assert list(TrustStore(tmp_path / "one").members()) == [two.device_id]
+def test_a_damaged_list_of_members_is_said_and_not_forgotten(tmp_path: Path) -> None:
+    one, two = load_or_create(tmp_path / "one"), load_or_create(tmp_path / "two")
+    trust = TrustStore(one.home)
+    trust.add(two.certificate_pem)
+    trust.remove(two.device_id)
+    file = one.home / "members.json"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    whole = file.read_text()
+    for damaged in ("", "[]", whole[:-20], whole.replace('"format": 1', '"format": 2')):
+        file.write_text(damaged)
+        with pytest.raises(IdentityError, match="list of members"):
+            TrustStore(one.home)
+    file.write_text(whole)
+    assert TrustStore(one.home).members() == {}
+
+
+def test_what_cannot_be_written_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = load_or_create(tmp_path / "one"), load_or_create(tmp_path / "two")
+    trust = TrustStore(one.home)
+    trust.add(two.certificate_pem)
+
+    def full(*_: object) -> None:
+        raise StorageError("the disk is full")
+
+    monkeypatch.setattr("confidantd.identity.trust.write_private_file", full)
+    with pytest.raises(StorageError):
+        trust.remove(two.device_id)
+    assert set(trust.members()) == {two.device_id}
+    monkeypatch.undo()
+    trust.remove(two.device_id)
+    assert TrustStore(one.home).members() == {}
 
 
 def test_the_library_that_makes_keys_is_not_loaded_by_its_user(tmp_path: Path) -> None:
@@ -78,33 +108,83 @@ def test_the_library_that_makes_keys_is_not_loaded_by_its_user(tmp_path: Path) -
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=60)
 
 
-def test_the_highest_change_is_right_in_whatever_order_it_comes(tmp_path: Path) -> None:
-    other = load_or_create(tmp_path / "other")
-    added = RosterEntry(other.device_id, 1, other.certificate_pem)
-    removed = RosterEntry(other.device_id, 2)
-    again = RosterEntry(other.device_id, 3, other.certificate_pem)
-    for number, order in enumerate(itertools.permutations([added, removed, again])):
-        trust = TrustStore(tmp_path / str(number))
-        for entry in order:
-            trust.merge([entry])
-        assert set(trust.members()) == {other.device_id}
-        assert not trust.merge([added, removed, again])
-        trust.remove(other.device_id)
-        assert not trust.merge([added, removed, again])
-        assert trust.members() == {}
-        assert TrustStore(tmp_path / str(number)).members() == {}  # also after a restart
+class Three:
+    """Anna who trusts Ben, and what Ben says, signed by his key."""
+
+    def __init__(self, folder: Path) -> None:
+        self.anna, self.ben, self.cleo = (
+            load_or_create(folder / name) for name in ("anna", "ben", "cleo")
+        )
+        self.trust = TrustStore(self.anna.home)
+        self.trust.add(self.ben.certificate_pem)
+        bens = TrustStore(self.ben.home)
+        bens.add(self.cleo.certificate_pem)
+        assert bens.statements() == ()  # nothing is told unsigned
+        bens.sign()
+        (self.said,) = bens.statements()
+
+    def trusted(self) -> set[DeviceId]:
+        return set(TrustStore(self.anna.home).members())
 
 
-def test_a_roster_with_what_is_no_certificate_changes_nothing(tmp_path: Path) -> None:
-    one, other = load_or_create(tmp_path / "one"), load_or_create(tmp_path / "other")
-    trust = TrustStore(tmp_path / "home")
+def test_a_member_vouches_with_its_signature(tmp_path: Path) -> None:
+    three = Three(tmp_path)
+    assert three.trust.merge([three.said])
+    assert not three.trust.merge([three.said])
+    assert three.trusted() == {three.ben.device_id, three.cleo.device_id}
+    assert three.trust.introducers(three.cleo.device_id) == {three.ben.device_id}
+    three.trust.remove(three.cleo.device_id)
+    assert not three.trust.merge([three.said])
+    assert three.trusted() == {three.ben.device_id}
+    (removal,) = three.trust.removal_of(three.cleo.device_id)
+    assert removal.signature
+
+
+def test_what_a_member_has_not_signed_counts_nothing(tmp_path: Path) -> None:
+    three = Three(tmp_path)
+    said, eve = three.said, load_or_create(tmp_path / "eve")
+    swapped = replace(said, device=eve.device_id, certificate=eve.certificate_pem)
     for wrong in (
-        RosterEntry(one.device_id, 1, other.certificate_pem),
-        RosterEntry(one.device_id, 1, "-----BEGIN CERTIFICATE-----\nAAAA"),
-        RosterEntry(one.device_id, 1),
-        RosterEntry(DeviceId("../../etc"), 1, one.certificate_pem),
-        RosterEntry(one.device_id, -1, one.certificate_pem),
-        RosterEntry(one.device_id, 2**40 + 1, one.certificate_pem),
+        replace(said, signature=b""),
+        replace(said, signature=said.signature[:-1] + bytes([said.signature[-1] ^ 1])),
+        replace(said, signature=b"x" * 10_000),
+        replace(said, change=3),
+        swapped,
+        replace(said, certificate=eve.certificate_pem),
+        replace(said, certificate="-----BEGIN CERTIFICATE-----\nAAAA"),
     ):
-        assert not trust.merge([wrong])
-    assert trust.members() == {}
+        with pytest.raises(ProtocolError):
+            three.trust.merge([wrong])
+    by_a_stranger = replace(said, author=eve.device_id)
+    assert not three.trust.merge([by_a_stranger])
+    assert three.trusted() == {three.ben.device_id}
+
+
+def test_who_hears_that_it_was_removed_trusts_nobody_and_says_so_when_it_joins(
+    tmp_path: Path,
+) -> None:
+    three = Three(tmp_path)
+    bens = TrustStore(three.ben.home)
+    bens.add(three.anna.certificate_pem)
+    bens.remove(three.anna.device_id)
+    assert three.trust.merge(bens.removal_of(three.anna.device_id))
+    again = TrustStore(three.anna.home)
+    assert again.members() == {}
+    assert again.gone == 1
+    bens.add(three.anna.certificate_pem, again.gone)
+    again.add(three.ben.certificate_pem)
+    bens.sign()
+    again.merge(bens.statements())
+    assert set(again.members()) == {three.ben.device_id, three.cleo.device_id}
+
+
+def test_who_leaves_says_it_signed(tmp_path: Path) -> None:
+    three = Three(tmp_path)
+    three.trust.merge([three.said])
+    cleos = TrustStore(three.cleo.home)
+    cleos.add(three.ben.certificate_pem)
+    assert three.trust.merge(cleos.farewell())
+    assert three.trusted() == {three.ben.device_id}
+    cleos.leave()
+    assert cleos.members() == {}
+    assert TrustStore(three.cleo.home).gone == 1

@@ -6,11 +6,19 @@ import asyncio
 import contextlib
 import ssl
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from confidantd.errors import ConfidantError, NotPairedError, PeerLostError, WrongCodeError
+from confidantd.errors import (
+    ConfidantError,
+    DeviceError,
+    NotPairedError,
+    PeerLostError,
+    UsageError,
+    WrongCodeError,
+)
 from confidantd.identity.certificate import load_or_create
 from confidantd.net.tls import pairing_client_context, pairing_server_context
 from confidantd.swarm import inviting, pairing_service
@@ -19,7 +27,7 @@ from confidantd.swarm.pairing_stream import PairingStream
 from confidantd.swarm.roster import ROSTER_TOPIC
 from confidantd.wire.codec import to_map
 from confidantd.wire.pairing import Card, Knock, Share
-from confidantd.wire.roster import Roster, RosterEntry
+from confidantd.wire.roster import Roster, Statement
 from tests.component.net_support import pair, until
 from tests.component.swarm_support import SwarmDevice, new_swarm_device, stopped_at_end
 
@@ -181,17 +189,56 @@ async def test_a_rogue_that_takes_the_proof_and_hangs_up_gets_one_guess(
     assert len(proofs) == 1
 
 
-async def test_nobody_vouches_for_itself(tmp_path: Path) -> None:
+async def told(device: SwarmDevice) -> tuple[Statement, ...]:
+    """What a device says, signed."""
+    await asyncio.to_thread(device.trust.sign)
+    return device.trust.statements()
+
+
+async def test_who_forges_what_another_member_says_is_cut_off(tmp_path: Path) -> None:
     async with strangers(tmp_path) as devices:
-        ben, cleo, dora = devices[1], devices[2], devices[3]
-        await pair([ben, cleo])
+        anna, ben, cleo, dora = devices
+        await pair([anna, ben, cleo])
         await meet(cleo, ben)
-        itself = RosterEntry(cleo.id, 3, cleo.identity.certificate_pem)
-        another = RosterEntry(dora.id, 1, dora.identity.certificate_pem)
-        cleo.network.send(ben.id, ROSTER_TOPIC, to_map(Roster((itself, another))))
-        await until(lambda: dora.id in trusted(ben), "the rest of the roster counts")
-        changes = {entry.device: entry.change for entry in ben.trust.entries()}
-        assert changes[cleo.id] == 1
+        await asyncio.to_thread(cleo.trust.add, dora.identity.certificate_pem)
+        real = next(s for s in await told(cleo) if s.device == dora.id)
+        forged, cut_off = replace(real, author=anna.id), []
+        ben.network.on_disconnected(cut_off.append)
+        cleo.network.send(ben.id, ROSTER_TOPIC, to_map(Roster((forged,))))
+        await until(lambda: cut_off == [cleo.id], "cleo is cut off")
+        assert anna.id not in {s.author for s in ben.trust.statements() if s.device == dora.id}
+
+
+async def test_a_removed_device_lets_nobody_in_where_it_is_still_believed(tmp_path: Path) -> None:
+    async with strangers(tmp_path) as devices:
+        anna, ben, cleo, dora = devices  # dora is cleo's second identity
+        await pair([anna, ben, cleo])
+        await anna.swarm.pairing.remove(cleo.id)
+        await asyncio.to_thread(cleo.trust.add, dora.identity.certificate_pem)
+        await meet(cleo, ben)  # ben has not heard of it
+        await until(lambda: dora.id in trusted(ben), "ben believes cleo")
+        await meet(anna, ben)
+        await until(lambda: trusted(ben) == {anna.id}, "both are out when ben hears of it")
+        assert trusted(anna) == {ben.id}
+
+
+async def test_two_swarms_become_one_only_where_that_is_wanted(tmp_path: Path) -> None:
+    async with strangers(tmp_path) as devices:
+        anna, _, cleo, dora = devices
+        await pair([cleo, dora])
+        code, at = await invited(anna)
+        with pytest.raises(DeviceError, match="paired with 1 other already"):
+            await cleo.swarm.pairing.join(code, at)
+        assert trusted(anna) == set()
+        await cleo.swarm.pairing.join(code, at, merge=True)
+        await until(lambda: trusted(anna) == {cleo.id, dora.id}, "anna knows dora too")
+
+
+async def test_a_device_does_not_join_itself(tmp_path: Path) -> None:
+    async with strangers(tmp_path) as devices:
+        code, at = await invited(devices[0])
+        with pytest.raises(UsageError, match="shows that code itself"):
+            await devices[0].swarm.pairing.join(code, at)
 
 
 async def test_an_old_tls_is_refused(tmp_path: Path) -> None:

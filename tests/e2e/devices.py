@@ -1,11 +1,10 @@
-"""Real daemons on loopback: started with homes of their own, paired by files, ended by pid."""
+"""Real daemons on loopback: started with homes of their own, paired at first, ended by pid."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from confidantd.identity.trust import TrustStore
 from tests.e2e import compiled
 
 READY_SECONDS = 30.0
@@ -170,23 +170,21 @@ class Device:
 
 
 def pair(devices: Sequence[Device]) -> None:
-    """Give every device the certificates of the others, as files, before they start."""
+    """Let every device in at the others before they start."""
     for device in devices:
         make_identity(device)
     for device in devices:
-        members = device.home / "members"
-        members.mkdir(mode=0o700, exist_ok=True)
+        trust = TrustStore(device.home)
         for other in devices:
             if other is not device:
-                certificate = other.home / "identity" / "certificate.pem"
-                shutil.copy(certificate, members / f"{other.name}.pem")
+                trust.add((other.home / "identity" / "certificate.pem").read_text())
 
 
 def make_identity(device: Device) -> None:
     """Make the home and the identity of a device that has never run."""
     device.home.mkdir(mode=0o700, parents=True, exist_ok=True)
     subprocess.run(
-        [device.python, "-m", "confidantd.identity", str(device.home / "identity")],
+        [device.python, "-m", "confidantd.identity", "create", str(device.home / "identity")],
         check=True,
         capture_output=True,
         env=device.environment(),

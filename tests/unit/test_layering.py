@@ -19,6 +19,7 @@ LAYERS = {
     "errors": FOUNDATION,
     "ids": FOUNDATION,
     "config": FOUNDATION,
+    "confinement": FOUNDATION,
     "tasks": FOUNDATION,
     "wire.codec": DECIDE,
     "wire": DECIDE,
@@ -43,7 +44,16 @@ LAYERS = {
     "service_manager": SURFACE,
 }
 # The pure steps of the swarm; the rest of that package is its thin service.
-SWARM_DECIDES = {"state", "detector", "election", "member", "addresses", "pairing", "links"}
+SWARM_DECIDES = {
+    "state",
+    "detector",
+    "election",
+    "member",
+    "addresses",
+    "pairing",
+    "links",
+    "diagnosis",
+}
 COMPUTE = {"compiler", "engine"}
 
 HOMES = {

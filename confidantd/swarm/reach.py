@@ -1,0 +1,99 @@
+"""What this device finds out about its network for `confidant doctor`; answers others who ask."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from confidantd.errors import ConfidantError, NotAllowedError
+from confidantd.ids import DeviceId
+from confidantd.net.allowance import Allowances
+from confidantd.net.network import Network
+from confidantd.swarm.addresses import parse_address
+from confidantd.swarm.diagnosis import Answer, Dialled
+from confidantd.wire.codec import from_map, to_map
+from confidantd.wire.messages import MAX_ADDRESSES
+
+DIAL_BACK = "swarm.dial-back"
+DIAL_SECONDS = 2.0
+ANSWER_SECONDS = 5.0
+MOST_ASKED = 3  # devices that are asked at once: more say nothing new
+QUESTIONS = (0.2, 5.0)  # of one member: a second, and at once
+
+
+@dataclass(frozen=True, slots=True)
+class DialledBack:
+    """What came of dialling the addresses that the asking device names as its own; whether it is
+    heard by mDNS; and the clock here (seconds since 1970).
+    """
+
+    dialled: dict[str, str]
+    hears: bool
+    clock: float
+
+
+class Reach:
+    """Asks connected devices to dial back, and does so for others. `hears`: whether a device's
+    announcement has arrived here.
+    """
+
+    def __init__(self, network: Network, hears: Callable[[DeviceId], bool]) -> None:
+        self._network, self._hears = network, hears
+        self._allowed = Allowances(*QUESTIONS, remembered=512)
+        network.on_request(DIAL_BACK, self._dial_back)
+
+    async def answers(self) -> dict[DeviceId, Answer]:
+        """Of some connected devices, as far as they answer in time."""
+        asked = sorted(self._network.connected())[:MOST_ASKED]
+        found = await asyncio.gather(*(self._ask(device) for device in asked))
+        return {d: answer for d, answer in zip(asked, found, strict=True) if answer is not None}
+
+    async def _ask(self, device: DeviceId) -> Answer | None:
+        began = time.time()
+        try:
+            fields = await self._network.request(
+                device, DIAL_BACK, {}, timeout_seconds=ANSWER_SECONDS
+            )
+            found = from_map(DialledBack, fields)
+        except ConfidantError:
+            return None
+        between = (began + time.time()) / 2
+        return Answer(_outcomes(found.dialled), found.hears, found.clock - between)
+
+    async def _dial_back(self, device: DeviceId, _params: dict[str, Any]) -> dict[str, Any]:
+        """Only what the device says of itself is dialled: nobody else is reached by asking."""
+        if not self._allowed.take(device, asyncio.get_running_loop().time()):
+            raise NotAllowedError("it asks too often", "try again in a minute")
+        peer = self._network.peer(device)
+        addresses = peer.addresses[:MAX_ADDRESSES] if peer is not None else ()
+        dialled = await asyncio.gather(*(_dial(address) for address in addresses))
+        hears = self._hears(device)
+        return to_map(DialledBack(dict(zip(addresses, dialled, strict=True)), hears, time.time()))
+
+
+async def _dial(address: str) -> Dialled:
+    """Open a TCP connection and close it."""
+    host, port = parse_address(address) or ("", 0)
+    try:
+        async with asyncio.timeout(DIAL_SECONDS):
+            _, writer = await asyncio.open_connection(host, port)
+    except TimeoutError:
+        return "silent"
+    except ConnectionRefusedError:
+        return "refused"
+    except OSError:
+        return "no-route"
+    writer.transport.abort()
+    return "ok"
+
+
+def _outcomes(said: Mapping[str, str]) -> dict[str, Dialled]:
+    known: dict[str, Dialled] = {
+        "ok": "ok", "refused": "refused", "silent": "silent", "no-route": "no-route"
+    }  # fmt: skip
+    return {
+        a: known[outcome] for a, outcome in list(said.items())[:MAX_ADDRESSES] if outcome in known
+    }
