@@ -22,14 +22,14 @@ from confidantd.tasks import TaskSet
 _log = logging.getLogger(__name__)
 
 HANDSHAKE_SECONDS = 5.0
-MAX_HANDSHAKES = 64  # under way at once; more are dropped, so a flood costs little memory
+MAX_HANDSHAKES = 16  # under way at once; more are dropped, so a flood costs little memory
 # A handshake costs a millisecond of a laptop's core, ten of a phone's. Hosts from which members
 # came may make some; all others together as many as a person would ever need.
-MEMBER_HANDSHAKES = (10.0, 100.0)  # of one host: a second, and at once
+MEMBER_HANDSHAKES = (1.5, 30.0)  # of one host: a second, and at once
 STRANGER_HANDSHAKES = (5.0, 30.0)
 REMEMBERED_HOSTS = 256
 FLOOD_PAUSE_SECONDS = 0.05  # until the next ones are taken from the queue: the kernel drops others
-MAX_OPEN = 64  # connections of one device: one to talk, and some that fetch
+MAX_OPEN = 12  # connections of one device: one to talk, and some that fetch
 LOG_SECONDS = 10.0  # a stranger that keeps trying fills no log
 ACCEPT_PAUSE_SECONDS = 0.5  # when the process is out of file descriptors
 SHUTDOWN_SECONDS = 1.0

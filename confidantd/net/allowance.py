@@ -23,10 +23,10 @@ class Allowance:
         self.left -= 1
         return True
 
-    def wait(self, now: float) -> float:
-        """Take one in any case; how many seconds to wait for it."""
+    def spend(self, amount: float, now: float) -> float:
+        """Take so much in any case; how many seconds to wait for it."""
         self._fill(now)
-        self.left -= 1
+        self.left -= amount
         return max(0.0, -self.left / self.per_second)
 
     def _fill(self, now: float) -> None:
@@ -43,10 +43,14 @@ class Allowances:
 
     def take(self, whose: str, now: float) -> bool:
         """Take one of `whose`, if there is one."""
+        return self.of(whose).take(now)
+
+    def of(self, whose: str) -> Allowance:
+        """That of `whose`."""
         found = self._of.get(whose)
         if found is None:
             found = self._of[whose] = Allowance(self._per_second, self._burst)
             while len(self._of) > self._remembered:
                 self._of.popitem(last=False)
         self._of.move_to_end(whose)
-        return found.take(now)
+        return found

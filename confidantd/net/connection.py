@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -42,14 +43,17 @@ Socket = web.WebSocketResponse | aiohttp.ClientWebSocketResponse
 MAX_QUEUED_BYTES = 24 * 1024 * 1024  # three of the largest messages
 MAX_QUEUED_MESSAGES = 1_024
 MAX_RUNNING_HANDLERS = 128
-MESSAGES_PER_SECOND, MESSAGES_AT_ONCE = 300.0, 2_000.0  # a busy stage sends some ten
+MESSAGE_SECONDS = 1e-4  # of the processor, besides what is measured: TLS and WebSocket
 RETIRE_SECONDS = 10.0  # for answers still under way when a duplicate is given up
 CLOSE_SECONDS = 2.0
+ABRUPT_SECONDS = 0.05  # after nonsense: what else comes is thrown away, but has to be decrypted
 MAX_REASON_BYTES = 120  # a WebSocket close frame has room for 123
 
 
 class Connection:
-    """A greeted connection to `peer`. `host` is where it was reached or came from."""
+    """A greeted connection to `peer`. `host` is where it was reached or came from. `allowance`
+    are the seconds of this device's processor that the peer's messages may take.
+    """
 
     def __init__(
         self,
@@ -60,6 +64,7 @@ class Connection:
         *,
         requests: Mapping[str, RequestHandler],
         notifications: Mapping[str, NotifyHandler],
+        allowance: Allowance,
     ) -> None:
         self.peer = peer
         self.origin = origin
@@ -75,7 +80,8 @@ class Connection:
         self._pending: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._next_id = self._running_handlers = 0
         self._retiring = self._peer_retired = False
-        self._allowance = Allowance(MESSAGES_PER_SECOND, MESSAGES_AT_ONCE)
+        self._allowance = allowance
+        self._close_seconds = CLOSE_SECONDS
         self._handlers = TaskSet(f"answer-{self._name()}")
         self._tasks = TaskSet(f"connection-{self._name()}")
 
@@ -174,23 +180,30 @@ class Connection:
     async def _read(self) -> None:
         try:
             async for message in self._socket:
-                await self._pace()
                 if message.type is aiohttp.WSMsgType.ERROR:
                     break
                 if message.type is not aiohttp.WSMsgType.BINARY:
                     raise ProtocolError("it sent text instead of a message")
-                self._take(decode(message.data))
+                await self._pace(message.data)
             self.close(_close_reason(self._socket))
         except ConfidantError as failure:
+            self._close_seconds = ABRUPT_SECONDS
             self.close(failure.message)
         except (OSError, aiohttp.ClientError) as failure:
             self.close(f"the connection broke ({type(failure).__name__})")
         finally:
             self.close("this device failed inside")
 
-    async def _pace(self) -> None:
-        """A peer that sends without end is read slowly: its network holds the rest back."""
-        wait = self._allowance.wait(asyncio.get_running_loop().time())
+    async def _pace(self, data: bytes) -> None:
+        """Take a message. A peer whose messages cost too much is read slowly then: its network
+        holds the rest back.
+        """
+        began = time.thread_time()
+        try:
+            self._take(decode(data))
+        finally:
+            spent = time.thread_time() - began + MESSAGE_SECONDS
+            wait = self._allowance.spend(spent, asyncio.get_running_loop().time())
         if wait > 0:
             await asyncio.sleep(wait)
 
@@ -261,7 +274,7 @@ class Connection:
     async def _close_socket(self) -> None:
         reason = self.reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore").encode()
         try:
-            async with asyncio.timeout(CLOSE_SECONDS):
+            async with asyncio.timeout(self._close_seconds):
                 await self._flush()
                 await self._socket.close(message=reason)
         except (TimeoutError, OSError, aiohttp.ClientError) as failure:

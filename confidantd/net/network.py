@@ -11,6 +11,7 @@ from typing import Any
 
 import aiohttp
 from aiohttp import web
+from aiohttp.http_exceptions import BadHttpMessage
 
 import confidantd
 from confidantd.errors import (
@@ -23,6 +24,7 @@ from confidantd.identity.certificate import Identity
 from confidantd.identity.trust import TrustStore
 from confidantd.ids import DeviceId, Digest, short_id
 from confidantd.net.acceptor import Acceptor
+from confidantd.net.allowance import Allowances
 from confidantd.net.blobs import BLOB_PATH, BlobServer, BlobSource, read_range
 from confidantd.net.connection import Connection, NotifyHandler, RequestHandler, Socket
 from confidantd.net.connections import Connections, DeviceListener, TwinListener
@@ -46,11 +48,14 @@ from confidantd.wire.codec import MAX_MESSAGE_BYTES
 from confidantd.wire.messages import MAX_ADDRESSES, PROTOCOL_VERSION, Hello, clean_name
 
 _log = logging.getLogger(__name__)
+_http_log = logging.getLogger(f"{__name__}.http")
 
 ConflictListener = Callable[[str], None]
 TransferListener = Callable[[DeviceId, float], None]
 MAX_HEADER_BYTES = 8_190
 SHUTDOWN_SECONDS = 1.0
+# Of this device's processor for the messages of one peer: a second, and at once.
+PROCESSOR_SECONDS, MOST_PEERS = (0.02, 0.5), 512
 MAX_GREETING = 2  # connections of one device: each may hold the bytes of a large message
 FAREWELL_SECONDS = 0.3  # in which a removed device is told so, before its sockets are cut
 LOOP_TURNS_TO_CLOSE = 3  # an aborted TLS transport closes its socket in the loop's next turns
@@ -91,6 +96,7 @@ class Network:
         self._notifications: dict[str, NotifyHandler] = {}
         self._connections = Connections()
         self._attempts = 0
+        self._spent = Allowances(*PROCESSOR_SECONDS, remembered=MOST_PEERS)
         self._greeting: Counter[DeviceId] = Counter()  # incoming ones that say who they are
         self._tasks = TaskSet("network")
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -105,7 +111,10 @@ class Network:
             open_listeners, self.hosts, self._asked_port, self.identity.home
         )
         runner = web.AppRunner(
-            self._application(), access_log=None, shutdown_timeout=SHUTDOWN_SECONDS
+            self._application(),
+            access_log=None,
+            logger=_http_log,
+            shutdown_timeout=SHUTDOWN_SECONDS,
         )
         try:
             self.port = bound_port(listeners)
@@ -291,7 +300,7 @@ class Network:
         if not self._trusts(device):
             raise web.HTTPForbidden
         if self._greeting[device] >= MAX_GREETING:
-            raise web.HTTPTooManyRequests
+            raise web.HTTPTooManyRequests(headers={"Connection": "close"})
         host = request.remote or "?"
         self._greeting[device] += 1
         try:
@@ -319,6 +328,7 @@ class Network:
             host,
             requests=self._requests,
             notifications=self._notifications,
+            allowance=self._spent.of(peer.device),
         )
         self._connections.admit(connection)
         return connection
@@ -396,3 +406,12 @@ class Network:
             self._acceptor.abort_all()
         for _ in range(LOOP_TURNS_TO_CLOSE):
             await asyncio.sleep(0)
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Bytes that are no HTTP are the other side's failure: they fill no log."""
+    failure = record.exc_info[1] if record.exc_info else None
+    return not isinstance(failure, BadHttpMessage)
+
+
+_http_log.addFilter(_is_ours)

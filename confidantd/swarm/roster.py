@@ -18,7 +18,9 @@ from confidantd.wire.roster import MAX_STATEMENTS, Roster, Statement
 _log = logging.getLogger(__name__)
 
 ROSTER_TOPIC = "swarm.roster"
-ROSTERS = (0.1, 10.0)  # of one member: a second, and at once; signatures take time to check
+# Of one member: a second, and at once; to check signatures takes a quarter of a second of a laptop,
+# and is the same as so many rosters if they were wrong.
+ROSTERS, WRONG_COSTS = (0.1, 5.0), 20.0
 LATER_SECONDS = 1.0
 
 
@@ -75,6 +77,7 @@ class RosterGossip:
             try:
                 await asyncio.to_thread(self._trust.merge, roster.statements)
             except ProtocolError as failure:
+                self._heard.of(device).spend(WRONG_COSTS, asyncio.get_running_loop().time())
                 self._network.disconnect(device, failure.message)
             except ConfidantError as failure:
                 _log.warning("the list of members could not be kept: %s", failure)

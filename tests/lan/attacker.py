@@ -17,7 +17,7 @@ from typing import Any
 import aiohttp
 
 import confidantd
-from confidantd.errors import ConfidantError
+from confidantd.errors import ConfidantError, PeerLostError
 from confidantd.identity.certificate import (
     CERTIFICATE_NAME,
     IDENTITY_FOLDER,
@@ -32,7 +32,7 @@ from confidantd.net.tls import client_context, pairing_client_context
 from confidantd.swarm.joining import join
 from confidantd.swarm.pairing import Code
 from confidantd.wire.frames import Frame, FrameKind, encode_frame
-from confidantd.wire.messages import PROTOCOL_VERSION, Hello, Request, decode, encode
+from confidantd.wire.messages import PROTOCOL_VERSION, Hello, Refused, Request, decode, encode
 from confidantd.wire.pairing import Card
 
 SECONDS = 10.0
@@ -146,7 +146,9 @@ async def _greeted(
     release = confidantd.__version__
     hello = Hello(PROTOCOL_VERSION, device, "mallory", "0" * 16, 1, 9, (), release)
     await greet_first(link, device_of(link.get_extra_info("ssl_object")), hello)
-    decode((await link.receive(SECONDS)).data)  # the first message: it was taken, or refused
+    first = decode((await link.receive(SECONDS)).data)
+    if isinstance(first, Refused):
+        raise PeerLostError(first.message)
     return link
 
 

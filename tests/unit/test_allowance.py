@@ -34,8 +34,8 @@ def test_all_is_there_at_first_and_comes_back() -> None:
 
 def test_who_takes_anyway_waits_as_long_as_it_takes() -> None:
     allowance = Allowance(10.0, 2.0)
-    waits = [allowance.wait(1.0) for _ in range(4)]
-    assert waits == pytest.approx([0.0, 0.0, 0.1, 0.2])
+    waits = [allowance.spend(amount, 1.0) for amount in (1.0, 1.0, 1.0, 2.5)]
+    assert waits == pytest.approx([0.0, 0.0, 0.1, 0.35])
 
 
 def test_each_has_its_own_and_the_longest_unseen_is_forgotten() -> None:
