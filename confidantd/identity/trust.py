@@ -74,6 +74,10 @@ class TrustStore:
         """What members are told. Neither waits nor reads a file."""
         return tuple(s for s in self._ledger.statements if s.signature)
 
+    def is_news(self, statements: Iterable[Statement]) -> bool:
+        """Whether there is a statement among them that does not count here."""
+        return any(not self._ledger.knows(s.id) for s in statements)
+
     def removal_of(self, device: DeviceId) -> tuple[Statement, ...]:
         """Those by which a device was removed."""
         said = self.statements()

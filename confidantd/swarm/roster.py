@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 ROSTER_TOPIC = "swarm.roster"
 # Of one member: a second, and at once; to check signatures takes a quarter of a second of a laptop,
 # and is the same as so many rosters if they were wrong.
-ROSTERS, WRONG_COSTS = (0.1, 5.0), 20.0
+ROSTERS, WRONG_COSTS = (0.2, 10.0), 40.0
 LATER_SECONDS = 1.0
 
 
@@ -66,14 +66,15 @@ class RosterGossip:
     async def _take(self) -> None:
         """What came, as far as each sender may be heard now; the rest a little later."""
         for device in list(self._came):
-            roster = self._came[device]
+            roster = self._came.pop(device)
             if device not in self._trust.members():
-                del self._came[device]  # it was removed meanwhile
+                continue  # it was removed meanwhile
+            if not await asyncio.to_thread(self._trust.is_news, roster.statements):
                 continue
             if not self._heard.take(device, asyncio.get_running_loop().time()):
+                self._wait(device, roster)
                 self._later()
                 continue
-            del self._came[device]
             try:
                 await asyncio.to_thread(self._trust.merge, roster.statements)
             except ProtocolError as failure:
@@ -113,8 +114,15 @@ class RosterGossip:
         roster = from_map(Roster, params)
         if len(roster.statements) > MAX_STATEMENTS:
             raise ProtocolError("it sent too long a list of members")
-        self._came[device] = roster  # it has all that an earlier one had
+        self._wait(device, roster)
         self._wake.set()
+
+    def _wait(self, device: DeviceId, roster: Roster) -> None:
+        """Keep it with what waits of the same device already."""
+        earlier = self._came.get(device, Roster(())).statements
+        if len(earlier) + len(roster.statements) > MAX_STATEMENTS:
+            earlier = ()  # it repeats itself
+        self._came[device] = Roster(earlier + roster.statements)
 
     def _trust_changed(self, _members: frozenset[DeviceId]) -> None:
         """In the thread that changed the trust store."""

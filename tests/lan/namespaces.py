@@ -80,6 +80,26 @@ class Lan:
         """Bring a host that was cut off back."""
         _ip("-n", self._switch, "link", "set", host.port_name, "up")
 
+    def filter_multicast(self) -> None:
+        """As an access point with client isolation of multicast: none reaches another host."""
+        for host in self.hosts:
+            _ip(
+                *("-n", self._switch, "link", "set", host.port_name),
+                *("type", "bridge_slave", "mcast_flood", "off"),
+            )
+
+    def block_port(self, host: Host, port: int) -> None:
+        """As a firewall on the host: it answers nothing on a TCP port of its own."""
+        _ip("-n", host.name, "rule", "add", "ipproto", "tcp", "sport", str(port), "blackhole")
+
+    def add_interface(self, host: Host, name: str, address: str) -> None:
+        """One more interface of a host, on a network where nobody else is."""
+        end = f"{name}end"
+        _ip("-n", host.name, "link", "add", name, "type", "veth", "peer", "name", end)
+        _ip("-n", host.name, "address", "add", f"{address}/24", "dev", name)
+        for interface in (name, end):
+            _ip("-n", host.name, "link", "set", interface, "up")
+
     def close(self) -> None:
         """Delete the namespaces, and with them their links. May be called again."""
         for namespace in (self._switch, *(host.name for host in self.hosts)):
