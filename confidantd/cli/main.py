@@ -50,7 +50,7 @@ def peers(watch: bool) -> None:
 @common
 def doctor() -> None:
     """What is there, what is missing, and what to do about it."""
-    show("GET", "/v1/doctor", "doctor")
+    show("GET", "/v1/doctor", "doctor", meanwhile="asking the other devices")
 
 
 @confidant.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections.abc import Awaitable, Callable, Mapping
@@ -101,19 +102,29 @@ def fail(failure: ConfidantError) -> None:
     click.get_current_context().exit(1)
 
 
-def show(method: str, path: str, view: str, body: Mapping[str, Any] | None = None) -> None:
-    """Ask once; print the JSON, or the table that `tables.<view>` makes of it."""
+def show(
+    method: str,
+    path: str,
+    view: str,
+    body: Mapping[str, Any] | None = None,
+    *,
+    meanwhile: str = "",
+) -> None:
+    """Ask once; print the JSON, or the table that `tables.<view>` makes of it. `meanwhile`: what
+    a terminal shows until the answer is there.
+    """
 
     async def work(client: Client) -> None:
-        fields = await client.ask(method, path, body)
         if json_wanted():
             from confidantd.cli.output import print_json
 
-            print_json(fields)
-        else:
-            from confidantd.cli import tables
-            from confidantd.cli.output import console
+            print_json(await client.ask(method, path, body))
+            return
+        from confidantd.cli import tables
+        from confidantd.cli.output import console
 
-            console().print(getattr(tables, view)(fields))
+        with console().status(meanwhile) if meanwhile else contextlib.nullcontext():
+            fields = await client.ask(method, path, body)
+        console().print(getattr(tables, view)(fields))
 
     run(work)
