@@ -112,7 +112,7 @@ class View:
     async def remove_member(self, which: str) -> dict[str, Any]:
         """Take a device, named by id, short id or name, out of the swarm; ends its connections."""
         device = self._find_member(which)
-        let_in = [d for d in self._trust.members() if self._trust.introducers(d) == {device}]
+        let_in = sorted(self._trust.depending_on(device))
         await self._swarm.pairing.remove(device)
         return {"id": device, "short_id": short_id(device), "let_in": self._named(let_in)}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from confidantd.errors import CorruptFileError
 
 MAX_PROGRAM_BYTES = 64 * 1024 * 1024  # ours have some 100 KB; gradients of wide blocks 1 MB
-MAX_VARINT_BYTES = 10
+MAX_VARINT_BYTES, MAX_KEY = 10, 1 << 32
 
 # Arithmetic and the moving of elements: none holds a graph, reads a file or keeps a state.
 OPERATORS = frozenset({
@@ -137,6 +137,8 @@ def _fields(data: memoryview) -> Iterator[_Field]:
     while at < len(data):
         key, at = _varint(data, at)
         number, kind = key >> 3, key & 7
+        if not 0 < key < MAX_KEY or number == 0:  # other readers cut it to 32 bits
+            raise ValueError("it is damaged")
         if kind == _VARINT:
             value, at = _varint(data, at)
             yield number, value

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import ssl
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -56,6 +57,7 @@ class TrustStore:
         self._lock = threading.RLock()
         self._ledger = self._read()
         self._members = self._ledger.members
+        self._told = frozenset(self._members)
 
     def members(self) -> dict[DeviceId, str]:
         """Device ids to PEM certificates (this device's own is not among them)."""
@@ -64,6 +66,10 @@ class TrustStore:
     def introducers(self, device: DeviceId) -> set[DeviceId]:
         """Which members let a device in."""
         return self._ledger.introducers(device)
+
+    def depending_on(self, device: DeviceId) -> set[DeviceId]:
+        """Members that nobody but this device vouches for, or those it vouches for."""
+        return self._ledger.depending_on(device)
 
     @property
     def gone(self) -> int:
@@ -97,7 +103,7 @@ class TrustStore:
 
         `gone`: by which change it left a swarm, as it says itself.
         """
-        device = certificate_device_id(pem)
+        device, text = _canonical(pem)
         with self._lock:
             ledger = self._ledger.copy()
             if device == ledger.me:
@@ -105,37 +111,38 @@ class TrustStore:
                     "this is the certificate of this very device",
                     "give the certificate of the other device",
                 )
-            made = ledger.admission(device, pem.strip() + "\n", gone)
-            if made is not None:
-                ledger.say(made)
-                self._keep(ledger)
+            ledger.admit(device, text, gone)
+            self._keep(ledger)
+        self._tell()
         return device
 
     def remove(self, device: DeviceId) -> None:
-        """Trust the device no longer, whoever still does."""
+        """Trust the device no longer, whoever still does. It stands on the disk before anything
+        else; listeners hear of it once it is signed, so that the device can be told.
+        """
         with self._lock:
             ledger = self._ledger.copy()
-            ledger.say(ledger.removal(device))
-            try:
-                ledger.put_signatures(self._signed(ledger))
-            except ConfidantError as failure:
-                _log.warning("members are told later of a removal: %s", failure)
+            ledger.remove(device)
             self._keep(ledger)
+        try:
+            self.sign()
+        except ConfidantError as failure:
+            _log.warning("members are told later of a removal: %s", failure)
+        self._tell()
 
     def sign(self) -> None:
         """Sign what this device has said, so that it can be told."""
-        with self._lock:
-            ledger = self._ledger.copy()
-            signed = self._signed(ledger)
-            if signed:
+        said = self._ledger.statements
+        signed = self._signed([s for s in said if s.author == self._ledger.me and not s.signature])
+        if signed:
+            with self._lock:
+                ledger = self._ledger.copy()
                 ledger.put_signatures(signed)
                 self._keep(ledger)
 
     def farewell(self) -> tuple[Statement, ...]:
         """What members are told when this device leaves the swarm."""
-        with self._lock:
-            ledger = self._ledger.copy()
-            return self._with_signatures([ledger.removal(ledger.me)])
+        return self._signed([self._ledger.farewell()])
 
     def merge(self, statements: Iterable[Statement]) -> bool:
         """Take what another member knows and this one does not; whether it was anything.
@@ -143,20 +150,22 @@ class TrustStore:
         `ProtocolError` if a signature is wrong. A device that hears that it was removed
         itself trusts nobody any more.
         """
+        checked = self._checked(self._ledger, statements)
         with self._lock:
             ledger = self._ledger.copy()
-            if not ledger.take(self._checked(ledger, statements)):
+            if not ledger.take(checked):
                 return False
             if ledger.removed_me:
-                ledger = Ledger(ledger.me, ledger.removal_of(ledger.me))
+                ledger = Ledger(ledger.me, ledger.gone_now)
             self._keep(ledger)
-            return True
+        self._tell()
+        return True
 
     def leave(self) -> None:
         """Trust nobody any more: this device is on its own."""
         with self._lock:
-            ledger = self._ledger.copy()
-            self._keep(Ledger(ledger.me, ledger.removal(ledger.me).change))
+            self._keep(Ledger(self._ledger.me, self._ledger.gone_now))
+        self._tell()
 
     def _checked(self, ledger: Ledger, statements: Iterable[Statement]) -> list[Statement]:
         """Those that are new and by whom they say; by whom cannot be told are left out."""
@@ -181,20 +190,15 @@ class TrustStore:
             if not statement.admits or found.get(statement.device) == statement.certificate:
                 continue
             try:
-                right = certificate_device_id(statement.certificate) == statement.device
+                right = _canonical(statement.certificate)
             except ConfidantError:
-                right = False
-            if not right:
+                right = None
+            if right != (statement.device, statement.certificate):
                 raise ProtocolError("its list of members has a wrong certificate")
             found[statement.device] = statement.certificate
         return found
 
-    def _signed(self, ledger: Ledger) -> tuple[Statement, ...]:
-        """Those of this device that have no signature yet, with one."""
-        unsigned = [s for s in ledger.statements if s.author == ledger.me and not s.signature]
-        return self._with_signatures(unsigned)
-
-    def _with_signatures(self, statements: Sequence[Statement]) -> tuple[Statement, ...]:
+    def _signed(self, statements: Sequence[Statement]) -> tuple[Statement, ...]:
         signatures = sign(self._key_path, [signed_bytes(s) for s in statements])
         return tuple(
             replace(s, signature=signature)
@@ -210,10 +214,15 @@ class TrustStore:
         }
         make_private_folder(self._home)
         write_private_file(self._path, json.dumps(fields, indent=1).encode())
-        before, self._ledger, self._members = self._members, ledger, ledger.members
-        if self._members != before:
-            for listener in self._listeners:
-                listener(frozenset(self._members))
+        self._ledger, self._members = ledger, ledger.members
+
+    def _tell(self) -> None:
+        """Once for each other list of members."""
+        with self._lock:
+            members = frozenset(self._members)
+            news, self._told = members != self._told, members
+        for listener in self._listeners if news else ():
+            listener(members)
 
     def _read(self) -> Ledger:
         """`IdentityError` for a damaged file: a removal must not be forgotten."""
@@ -231,6 +240,14 @@ class TrustStore:
                 f"the list of members {self._path} cannot be read ({type(failure).__name__})",
                 "restore the file, or delete it and pair this device again",
             ) from None
+
+
+def _canonical(pem: str) -> tuple[DeviceId, str]:
+    """The id of a certificate, and the one way to write it down: what OpenSSL reads is what was
+    checked.
+    """
+    device = certificate_device_id(pem)
+    return device, ssl.DER_cert_to_PEM_cert(ssl.PEM_cert_to_DER_cert(pem.strip()))
 
 
 def _own_certificate(path: Path) -> str:

@@ -1,8 +1,8 @@
 """Who may ask what of this device: one table, and the one place where it is enforced.
 
 Every connection is that of a member, by its certificate; strangers get no further than the TLS
-handshake. What the swarm itself says (`swarm.beat`, `swarm.bye`, `swarm.conflict`,
-`swarm.roster`) any member may say of itself; the list of members is signed besides.
+handshake. What the swarm itself says any member may say of itself; the list of members is signed
+besides. Those handlers stand below this one, so for them the table only tells.
 A blob may be read by a member that knows its SHA-256, which only those are told that hold a
 stage of the job (or that asked for its programs): it cannot be guessed.
 """
@@ -30,6 +30,12 @@ class Right(enum.Enum):
 
 
 RIGHTS: Mapping[str, Right] = {
+    # of the swarm
+    "swarm.beat": Right.MEMBER,
+    "swarm.bye": Right.MEMBER,
+    "swarm.conflict": Right.MEMBER,
+    "swarm.dial-back": Right.MEMBER,
+    "swarm.roster": Right.MEMBER,
     # of a device
     "device.speeds": Right.MEMBER,
     "device.measure": Right.MEMBER,

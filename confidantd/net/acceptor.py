@@ -22,14 +22,20 @@ from confidantd.tasks import TaskSet
 _log = logging.getLogger(__name__)
 
 HANDSHAKE_SECONDS = 5.0
-MAX_HANDSHAKES = 16  # under way at once; more are dropped, so a flood costs little memory
+MAX_HANDSHAKES, MAX_OF_STRANGERS = (
+    24,
+    12,
+)  # under way at once; more are dropped, so a flood costs little memory
 # A handshake costs a millisecond of a laptop's core, ten of a phone's. Hosts from which members
 # came may make some; all others together as many as a person would ever need.
 MEMBER_HANDSHAKES = (1.5, 30.0)  # of one host: a second, and at once
 STRANGER_HANDSHAKES = (5.0, 30.0)
+EACH_STRANGER = (1.0, 10.0)
 REMEMBERED_HOSTS = 256
-FLOOD_PAUSE_SECONDS = 0.05  # until the next ones are taken from the queue: the kernel drops others
-MAX_OPEN = 12  # connections of one device: one to talk, and some that fetch
+# That many are dropped at once before the next ones are taken from the queue a little later: what
+# does not fit into the queue, the kernel drops.
+DROPPED_AT_ONCE, FLOOD_PAUSE_SECONDS = 50, 0.05
+MAX_OPEN = 20  # connections of one device: one to talk, and some that fetch
 LOG_SECONDS = 10.0  # a stranger that keeps trying fills no log
 ACCEPT_PAUSE_SECONDS = 0.5  # when the process is out of file descriptors
 SHUTDOWN_SECONDS = 1.0
@@ -54,6 +60,8 @@ class Acceptor:
         self._quiet_until = 0.0
         self._members = Allowances(*MEMBER_HANDSHAKES, remembered=REMEMBERED_HOSTS)
         self._strangers = Allowance(*STRANGER_HANDSHAKES)
+        self._each = Allowances(*EACH_STRANGER, remembered=REMEMBERED_HOSTS)
+        self._of_strangers = self._dropped = 0
         self._known: OrderedDict[str, None] = OrderedDict()  # hosts of members
 
     def start(self, listener: socket.socket) -> None:
@@ -93,19 +101,38 @@ class Acceptor:
             _log.warning("no connection can be accepted: %s", failure)
             self._pause(listener, ACCEPT_PAUSE_SECONDS)
             return
-        if len(self._unfinished) >= MAX_HANDSHAKES or not self._may_try(str(address[0])):
+        host = str(address[0])
+        if not self._may_try(host):
             connection.close()
-            self._pause(listener, FLOOD_PAUSE_SECONDS)
+            self._dropped += 1
+            if self._dropped % DROPPED_AT_ONCE == 0:
+                self._pause(listener, FLOOD_PAUSE_SECONDS)
             return
         connection.setblocking(False)
         self._unfinished.add(connection)
-        self._tasks.start(self._handshake(connection, str(address[0])), "handshake")
+        self._tasks.start(self._counted(connection, host, host not in self._known), "handshake")
+
+    def expect(self, host: str) -> None:
+        """A member was there: it does not count among strangers."""
+        self._known[host] = None
+        self._known.move_to_end(host)
+        while len(self._known) > REMEMBERED_HOSTS:
+            self._known.popitem(last=False)
 
     def _may_try(self, host: str) -> bool:
+        """Half of the places are kept free of strangers, and one of them does not take them all."""
         now = asyncio.get_running_loop().time()
         if host in self._known:
-            return self._members.take(host, now)
-        return self._strangers.take(now)
+            return len(self._unfinished) < MAX_HANDSHAKES and self._members.take(host, now)
+        free = self._of_strangers < MAX_OF_STRANGERS
+        return free and self._each.take(host, now) and self._strangers.take(now)
+
+    async def _counted(self, connection: socket.socket, host: str, stranger: bool) -> None:
+        self._of_strangers += stranger
+        try:
+            await self._handshake(connection, host)
+        finally:
+            self._of_strangers -= stranger
 
     def _pause(self, listener: socket.socket, seconds: float) -> None:
         """Those that wait would wake the loop again at once."""
@@ -154,10 +181,7 @@ class Acceptor:
             self._refused(host, failure)
             return
         self._open[transport] = device
-        self._known[host] = None
-        self._known.move_to_end(host)
-        while len(self._known) > REMEMBERED_HOSTS:
-            self._known.popitem(last=False)
+        self.expect(host)
 
     def _refused(self, host: str, failure: Exception) -> None:
         now = asyncio.get_running_loop().time()

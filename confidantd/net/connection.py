@@ -43,7 +43,8 @@ Socket = web.WebSocketResponse | aiohttp.ClientWebSocketResponse
 MAX_QUEUED_BYTES = 24 * 1024 * 1024  # three of the largest messages
 MAX_QUEUED_MESSAGES = 1_024
 MAX_RUNNING_HANDLERS = 128
-MESSAGE_SECONDS = 1e-4  # of the processor, besides what is measured: TLS and WebSocket
+MESSAGE_SECONDS = 5e-5  # of the processor, besides what is measured: TLS and WebSocket
+MOST_PAUSE_SECONDS = 0.5  # between two messages: a heartbeat may wait behind them
 RETIRE_SECONDS = 10.0  # for answers still under way when a duplicate is given up
 CLOSE_SECONDS = 2.0
 ABRUPT_SECONDS = 0.05  # after nonsense: what else comes is thrown away, but has to be decrypted
@@ -205,7 +206,7 @@ class Connection:
             spent = time.thread_time() - began + MESSAGE_SECONDS
             wait = self._allowance.spend(spent, asyncio.get_running_loop().time())
         if wait > 0:
-            await asyncio.sleep(wait)
+            await asyncio.sleep(min(wait, MOST_PAUSE_SECONDS))
 
     def _take(self, message: Message) -> None:
         match message:

@@ -55,7 +55,8 @@ TransferListener = Callable[[DeviceId, float], None]
 MAX_HEADER_BYTES = 8_190
 SHUTDOWN_SECONDS = 1.0
 # Of this device's processor for the messages of one peer: a second, and at once.
-PROCESSOR_SECONDS, MOST_PEERS = (0.02, 0.5), 512
+PROCESSOR_SECONDS, MOST_PEERS = (0.04, 1.0), 512
+MOST_TO_ONE = 8  # connections to one device at once, well below what it allows
 MAX_GREETING = 2  # connections of one device: each may hold the bytes of a large message
 FAREWELL_SECONDS = 0.3  # in which a removed device is told so, before its sockets are cut
 LOOP_TURNS_TO_CLOSE = 3  # an aborted TLS transport closes its socket in the loop's next turns
@@ -121,7 +122,10 @@ class Network:
             await runner.setup()
             assert runner.server is not None
             self._acceptor = Acceptor(runner.server, self._contexts.listening, self._trusts)
-            self._session = aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit_per_host=MOST_TO_ONE),
+                cookie_jar=aiohttp.DummyCookieJar(),
+            )
             self._loop = asyncio.get_running_loop()
             self._trust.on_change(self._trust_changed_elsewhere)
             for listener in listeners:
@@ -153,6 +157,11 @@ class Network:
     def on_untrusted(self, listener: DeviceListener) -> None:
         """Call with a connected device that is trusted no longer, for a last message to it."""
         self._untrusted.append(listener)
+
+    def expect(self, host: str) -> None:
+        """A member was at this address: strangers do not keep it out."""
+        if self._acceptor is not None:
+            self._acceptor.expect(host)
 
     def on_conflict(self, listener: ConflictListener) -> None:
         """Call with the address of another device that has our very identity."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -64,14 +65,30 @@ class Reach:
         return Answer(_outcomes(found.dialled), found.hears, found.clock - between)
 
     async def _dial_back(self, device: DeviceId, _params: dict[str, Any]) -> dict[str, Any]:
-        """Only what the device says of itself is dialled: nobody else is reached by asking."""
+        """Only its own port is dialled, at addresses of networks like this one: it reaches nothing
+        else by asking.
+        """
         if not self._allowed.take(device, asyncio.get_running_loop().time()):
             raise NotAllowedError("it asks too often", "try again in a minute")
-        peer = self._network.peer(device)
-        addresses = peer.addresses[:MAX_ADDRESSES] if peer is not None else ()
+        peer, seen = self._network.peer(device), self._network.address(device)
+        said = peer.addresses[:MAX_ADDRESSES] if peer is not None else ()
+        port, host = (peer.port, seen[0]) if peer is not None and seen is not None else (0, "")
+        addresses = tuple(address for address in said if _may_be_its_own(address, host, port))
         dialled = await asyncio.gather(*(_dial(address) for address in addresses))
         hears = self._hears(device)
         return to_map(DialledBack(dict(zip(addresses, dialled, strict=True)), hears, time.time()))
+
+
+def _may_be_its_own(address: str, seen_at: str, port: int) -> bool:
+    """Whether a device that was seen at a host, and listens on a port, may be there as well."""
+    host, named = parse_address(address) or ("", 0)
+    if named != port:
+        return False
+    try:
+        there = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return host == seen_at or (there.is_private and not there.is_loopback)
 
 
 async def _dial(address: str) -> Dialled:

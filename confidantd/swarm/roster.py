@@ -9,11 +9,19 @@ from typing import Any
 
 from confidantd.errors import ConfidantError, ProtocolError
 from confidantd.identity.trust import TrustStore
-from confidantd.ids import DeviceId
+from confidantd.ids import DeviceId, digest_of
 from confidantd.net.allowance import Allowances
 from confidantd.net.network import Network
 from confidantd.wire.codec import from_map, to_map
-from confidantd.wire.roster import MAX_STATEMENTS, Roster, Statement
+from confidantd.wire.roster import (
+    MAX_CERTIFICATE_CHARACTERS,
+    MAX_OF_AUTHOR,
+    MAX_ROSTER_BYTES,
+    MAX_SIGNATURE_BYTES,
+    MAX_STATEMENTS,
+    Roster,
+    Statement,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -22,6 +30,7 @@ ROSTER_TOPIC = "swarm.roster"
 # and is the same as so many rosters if they were wrong.
 ROSTERS, WRONG_COSTS = (0.2, 10.0), 40.0
 LATER_SECONDS = 1.0
+MOST_WAITING = 4  # of the largest, of all members together
 
 
 class RosterGossip:
@@ -92,6 +101,7 @@ class RosterGossip:
             await asyncio.to_thread(self._trust.sign)
         except ConfidantError as failure:
             _log.warning("members are told later of a new one: %s", failure)
+            self._later()
 
     def _tell_all(self) -> None:
         statements = self._trust.statements()
@@ -112,19 +122,34 @@ class RosterGossip:
 
     def _roster_came(self, device: DeviceId, params: dict[str, Any]) -> None:
         roster = from_map(Roster, params)
-        if len(roster.statements) > MAX_STATEMENTS:
+        if len(roster.statements) > MAX_STATEMENTS or roster.size > MAX_ROSTER_BYTES:
             raise ProtocolError("it sent too long a list of members")
+        if not all(_is_short(statement) for statement in roster.statements):
+            raise ProtocolError("it sent a list of members with too long fields")
         self._wait(device, roster)
         self._wake.set()
 
     def _wait(self, device: DeviceId, roster: Roster) -> None:
-        """Keep it with what waits of the same device already."""
-        earlier = self._came.get(device, Roster(())).statements
-        if len(earlier) + len(roster.statements) > MAX_STATEMENTS:
-            earlier = ()  # it repeats itself
-        self._came[device] = Roster(earlier + roster.statements)
+        """Keep it with what waits of the same device already, or alone where that is too much: it
+        tells all it knows again when it is met again.
+        """
+        others = sum(waiting.size for d, waiting in self._came.items() if d != device)
+        if others + roster.size > MOST_WAITING * MAX_ROSTER_BYTES:
+            return
+        both = Roster(self._came.get(device, Roster(())).statements + roster.statements)
+        fits = len(both.statements) <= MAX_STATEMENTS and both.size <= MAX_ROSTER_BYTES
+        self._came[device] = both if fits else roster
 
     def _trust_changed(self, _members: frozenset[DeviceId]) -> None:
         """In the thread that changed the trust store."""
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._wake.set)
+
+
+def _is_short(statement: Statement) -> bool:
+    return (
+        len(statement.certificate) <= MAX_CERTIFICATE_CHARACTERS
+        and len(statement.signature) <= MAX_SIGNATURE_BYTES
+        and len(statement.keeps) <= MAX_OF_AUTHOR
+        and len(statement.author) == len(statement.device) == len(digest_of(b""))
+    )

@@ -18,6 +18,7 @@ from confidantd.swarm.addresses import (
     AddressBook,
     format_address,
     is_ip_address,
+    parse_address,
     typed_address,
 )
 from confidantd.swarm.conflict import ConflictWatch
@@ -106,6 +107,9 @@ class Swarm:
         await self._network.started.wait()
         term = await asyncio.to_thread(load_term, self._home)
         self._book.update(await asyncio.to_thread(load_addresses, self._home))
+        for device in self._trust.members():
+            for address in self._book.get(device):
+                self._network.expect((parse_address(address) or ("", 0))[0])
         for host, port in self._typed:
             self._dialing.start_typed(host, port)
         try:
@@ -278,6 +282,7 @@ class Swarm:
     def _met(self, joined: Joined) -> None:
         """A device was paired just now: its address is known, so it is connected soon."""
         if 0 < joined.port < MAX_PORT:
+            self._network.expect(joined.host)
             self._book.set_name(joined.device, joined.name)
             self._book.put_first(joined.device, [format_address(joined.host, joined.port)])
         self._dialing.follow(set(self._trust.members()))

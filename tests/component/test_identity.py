@@ -20,6 +20,7 @@ from confidantd.errors import (
 from confidantd.identity.certificate import load_or_create
 from confidantd.identity.trust import TrustStore
 from confidantd.ids import DeviceId
+from confidantd.net.tls import server_context
 
 
 def test_an_identity_is_made_once_and_private(tmp_path: Path) -> None:
@@ -158,6 +159,18 @@ def test_what_a_member_has_not_signed_counts_nothing(tmp_path: Path) -> None:
     by_a_stranger = replace(said, author=eve.device_id)
     assert not three.trust.merge([by_a_stranger])
     assert three.trusted() == {three.ben.device_id}
+
+
+def test_a_certificate_is_written_in_one_way(tmp_path: Path) -> None:
+    """OpenSSL refuses a list of roots in which one has a foreign character in its middle."""
+    three, eve = Three(tmp_path), load_or_create(tmp_path / "eve")
+    lines = eve.certificate_pem.splitlines()
+    lax = "\n".join([lines[0], "!" + lines[1], *lines[2:]])
+    three.trust.add(lax)
+    server_context(three.anna.home)
+    assert three.trust.members()[eve.device_id] == eve.certificate_pem
+    with pytest.raises(ProtocolError, match="wrong certificate"):
+        three.trust.merge([replace(three.said, device=eve.device_id, certificate=lax)])
 
 
 def test_who_hears_that_it_was_removed_trusts_nobody_and_says_so_when_it_joins(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 import socket
 import ssl
@@ -305,3 +306,46 @@ async def test_ports_asked_for_remembered_and_free(tmp_path: Path) -> None:
     again = await new_device(tmp_path / "remembered", None)
     async with running(again):
         assert again.network.port == chosen
+
+
+async def test_strangers_that_say_nothing_keep_no_member_out(tmp_path: Path) -> None:
+    a, b = [await new_device(tmp_path / name) for name in "ab"]
+    await pair([a, b])
+    async with running(a, b):
+        a.network.expect("127.0.0.1")  # it was met before; strangers come from elsewhere
+        silent = [
+            await asyncio.open_connection(
+                "127.0.0.1", a.network.port, local_addr=(f"127.0.0.{2 + i % 30}", 0)
+            )
+            for i in range(200)
+        ]
+        async with asyncio.timeout(4.0):  # less than their handshakes may take
+            await b.network.connect("127.0.0.1", a.network.port, a.id)
+        for _, writer in silent:
+            writer.close()
+
+
+async def test_one_device_has_so_many_connections_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("confidantd.net.acceptor.MAX_OPEN", 3)
+    a, b = [await new_device(tmp_path / name) for name in "ab"]
+    await pair([a, b])
+    async with running(a):
+        context = await asyncio.to_thread(client_context, b.identity.home)
+        opened = []
+        for _ in range(5):
+            reader, writer = await asyncio.open_connection("127.0.0.1", a.network.port, ssl=context)
+            opened.append((reader, writer))
+        ended = [asyncio.create_task(_ended(reader)) for reader, _ in opened]
+        await until(lambda: sum(task.done() for task in ended) == 2, "two were cut off")
+        for task in ended:
+            task.cancel()
+        for _, writer in opened:
+            writer.transport.abort()
+        await asyncio.gather(*ended, return_exceptions=True)
+
+
+async def _ended(reader: asyncio.StreamReader) -> None:
+    with contextlib.suppress(OSError):
+        await reader.read()

@@ -106,6 +106,8 @@ def test_a_killed_worker_fails_the_job_with_its_reason(
     owner, other = devices
     job = start(owner, small, tmp_path / "out")
     wait_for_steps(owner, job)
+    confined = Path(f"/proc/{workers(other)[0].pid}/status").read_text()
+    assert "NoNewPrivs:\t1" in confined
     workers(other)[0].kill()
     wait_until(lambda: record(owner, job)["state"] == "failed", END_SECONDS, "failure")
     assert record(owner, job)["message"]

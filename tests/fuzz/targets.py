@@ -279,7 +279,7 @@ def _roster() -> bytes:
 def _take(data: bytes) -> object:
     """As a member's list is taken, but for the signatures."""
     ledger = Ledger(ME)
-    ledger.say(Statement(ME, OTHER, 1, "certificate"))
+    ledger.admit(OTHER, "certificate")
     ledger.take(from_map(Roster, unpack(data)).statements)
     return ledger.members, ledger.removed_me
 

@@ -176,13 +176,6 @@ def test_a_stranger_gets_no_answer(scene: Scene, attack: str, why: str) -> None:
     assert found["heard"] == "" or found["refused"]
 
 
-def test_a_member_s_certificate_is_of_no_use_without_its_key(scene: Scene) -> None:
-    stolen = scene.devices[BEN].home / "identity" / "certificate.pem"
-    found = scene.attack("stolen_certificate", scene.home("thief"), str(stolen))
-    assert found["heard"] == ""
-    assert found["refused"]
-
-
 def test_a_recorded_conversation_opens_nothing_again(scene: Scene) -> None:
     anna = scene.devices[ANNA]
     host, port = scene.address
@@ -229,9 +222,8 @@ def test_a_member_commands_nobody_else_s_stages(scene: Scene) -> None:
     step = record(scene.devices[ANNA], scene.job)["step"]
     answers = scene.attack("command", home, scene.job, *OWN_TOPICS)
     assert answers == dict.fromkeys(OWN_TOPICS, "not-allowed")
-    assert scene.attack("command", home, scene.job, "device.speeds") != {
-        "device.speeds": "not-allowed"
-    }, "it is a member, and what members may ask is answered"
+    answer = scene.attack("command", home, scene.job, "device.speeds")
+    assert answer == {"device.speeds": "protocol"}, "a member is answered, if only what is wrong"
     wait_until(
         lambda: record(scene.devices[ANNA], scene.job)["step"] > step, MEET_SECONDS, "it goes on"
     )
