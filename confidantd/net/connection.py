@@ -43,7 +43,8 @@ Socket = web.WebSocketResponse | aiohttp.ClientWebSocketResponse
 MAX_QUEUED_BYTES = 24 * 1024 * 1024  # three of the largest messages
 MAX_QUEUED_MESSAGES = 1_024
 MAX_RUNNING_HANDLERS = 128
-MESSAGE_SECONDS = 5e-5  # of the processor, besides what is measured: TLS and WebSocket
+# Of the processor, besides what is measured: TLS and WebSocket, of a message and of each byte.
+MESSAGE_SECONDS, BYTE_SECONDS = 5e-5, 4e-9
 MOST_PAUSE_SECONDS = 0.5  # between two messages: a heartbeat may wait behind them
 RETIRE_SECONDS = 10.0  # for answers still under way when a duplicate is given up
 CLOSE_SECONDS = 2.0
@@ -203,7 +204,7 @@ class Connection:
         try:
             self._take(decode(data))
         finally:
-            spent = time.thread_time() - began + MESSAGE_SECONDS
+            spent = time.thread_time() - began + MESSAGE_SECONDS + BYTE_SECONDS * len(data)
             wait = self._allowance.spend(spent, asyncio.get_running_loop().time())
         if wait > 0:
             await asyncio.sleep(min(wait, MOST_PAUSE_SECONDS))
