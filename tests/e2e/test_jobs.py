@@ -128,6 +128,32 @@ def test_a_lost_device_is_named(devices: list[Device], small: Small, tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
+def test_a_device_that_is_removed_is_out_of_the_running_job(
+    devices: list[Device], small: Small, tmp_path: Path
+) -> None:
+    owner, other = devices
+    job = start(owner, small, tmp_path / "out")
+    wait_for_steps(owner, job)
+    assert owner.cli("remove", "ben").returncode == 0
+    wait_for_no_workers(other)
+    wait_until(lambda: not talks_to(other, owner), END_SECONDS, "every connection ended")
+    wait_until(lambda: record(owner, job)["state"] == "failed", END_SECONDS, "failure")
+    assert "ben is gone: the device is trusted no longer" in record(owner, job)["message"]
+    wait_for_no_workers(owner)
+    assert [m["self"] for m in other.json("members")["members"]] == [True], "it was told"
+
+
+def talks_to(one: Device, other: Device) -> bool:
+    """Whether the daemon of one has a TCP connection to that of the other."""
+    open_ = [
+        {c.laddr, c.raddr}
+        for device in (one, other)
+        for c in psutil.Process(device.pid).net_connections("tcp")
+        if c.status == psutil.CONN_ESTABLISHED
+    ]
+    return any(open_.count(ends) > 1 for ends in open_)
+
+
 def test_a_lost_owner_frees_its_stages(devices: list[Device], small: Small, tmp_path: Path) -> None:
     owner, other = devices
     job = start(owner, small, tmp_path / "out")
