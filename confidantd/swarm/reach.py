@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from confidantd.discovery.announcement import Announcement
+from confidantd.discovery.interfaces import interface_names
 from confidantd.errors import ConfidantError, NotAllowedError
-from confidantd.ids import DeviceId
+from confidantd.identity.trust import TrustStore
+from confidantd.ids import DeviceId, short_id
 from confidantd.net.allowance import Allowances
 from confidantd.net.network import Network
 from confidantd.swarm.addresses import parse_address
-from confidantd.swarm.diagnosis import Answer, Dialled
+from confidantd.swarm.diagnosis import Answer, Dialled, Facts, Neighbour
+from confidantd.swarm.dialing import Dialing
 from confidantd.wire.codec import from_map, to_map
-from confidantd.wire.messages import MAX_ADDRESSES
+from confidantd.wire.messages import MAX_ADDRESSES, PROTOCOL_VERSION
 
 DIAL_BACK = "swarm.dial-back"
 DIAL_SECONDS = 2.0
@@ -41,12 +45,52 @@ class Reach:
     announcement has arrived here.
     """
 
-    def __init__(self, network: Network, hears: Callable[[DeviceId], bool]) -> None:
-        self._network, self._hears = network, hears
+    def __init__(
+        self,
+        network: Network,
+        trust: TrustStore,
+        dialing: Dialing,
+        hears: Callable[[DeviceId], bool],
+    ) -> None:
+        self._network, self._trust, self._dialing, self._hears = network, trust, dialing, hears
         self._allowed = Allowances(*QUESTIONS, remembered=512)
         network.on_request(DIAL_BACK, self._dial_back)
 
-    async def answers(self) -> dict[DeviceId, Answer]:
+    async def facts(
+        self,
+        addresses: Sequence[str],
+        mdns_problem: str | None,
+        heard: Sequence[Announcement],
+        name_of: Callable[[DeviceId], str],
+    ) -> Facts:
+        """All that is known, and what others answer now. `mdns_problem`: empty where mDNS works,
+        None where it is off; `heard`: announcements.
+        """
+        answers, connected = await self._answers(), self._network.connected()
+        members, protocols = self._trust.members(), {h.device_id: h.version for h in heard}
+        neighbours = [
+            Neighbour(
+                name_of(device) or short_id(device),
+                device in connected,
+                protocols.get(device),
+                _said(self._dialing.failures.get(device, {})),
+                answers.get(device),
+            )
+            for device in members
+        ]
+        return Facts(
+            str(PROTOCOL_VERSION),
+            self._network.port,
+            "off" if mdns_problem is None else "failed" if mdns_problem else "running",
+            mdns_problem or "",
+            await asyncio.to_thread(interface_names, addresses),
+            neighbours,
+            [(h.name or short_id(h.device_id), h.version) for h in heard
+             if h.device_id not in members],
+            _said(self._dialing.typed),
+        )  # fmt: skip
+
+    async def _answers(self) -> dict[DeviceId, Answer]:
         """Of some connected devices, as far as they answer in time."""
         asked = sorted(self._network.connected())[:MOST_ASKED]
         found = await asyncio.gather(*(self._ask(device) for device in asked))
@@ -77,6 +121,10 @@ class Reach:
         dialled = await asyncio.gather(*(_dial(address) for address in addresses))
         hears = self._hears(device)
         return to_map(DialledBack(dict(zip(addresses, dialled, strict=True)), hears, time.time()))
+
+
+def _said(failures: Mapping[str, ConfidantError]) -> dict[str, tuple[str, str]]:
+    return {address: (failure.code, failure.message) for address, failure in failures.items()}
 
 
 def _may_be_its_own(address: str, seen_at: str, port: int) -> bool:

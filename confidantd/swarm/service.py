@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from confidantd.discovery.announcement import Announcement
-from confidantd.discovery.interfaces import interface_names, usable_addresses
-from confidantd.errors import ConfidantError, NoCoordinatorError, StorageError
+from confidantd.discovery.interfaces import usable_addresses
+from confidantd.errors import NoCoordinatorError, StorageError
 from confidantd.identity.trust import TrustStore
 from confidantd.ids import DeviceId, short_id
 from confidantd.net.network import Network
@@ -22,7 +22,7 @@ from confidantd.swarm.addresses import (
     typed_address,
 )
 from confidantd.swarm.conflict import ConflictWatch
-from confidantd.swarm.diagnosis import Facts, Neighbour
+from confidantd.swarm.diagnosis import Facts
 from confidantd.swarm.dialing import Dialing
 from confidantd.swarm.inviting import Joined
 from confidantd.swarm.link_measuring import LinkMeasuring
@@ -87,7 +87,7 @@ class Swarm:
         self._conflict = ConflictWatch(network, self._notify_change)
         self._dialing = Dialing(network, self._book, self._membership.refused)
         self._roster = RosterGossip(network, trust)
-        self._reach = Reach(network, lambda device: self._protocol_heard(device) is not None)
+        self._reach = Reach(network, trust, self._dialing, self._hears)
         self.pairing = PairingService(
             network,
             trust,
@@ -143,38 +143,16 @@ class Swarm:
 
     async def network_facts(self) -> Facts:
         """What `confidant doctor` judges; asks other devices, for some seconds at most."""
-        answers = await self._reach.answers()
-        connected, book = self._network.connected(), self._dialing
-        members = self._trust.members()
-        neighbours = [
-            Neighbour(
-                self._name(device) or short_id(device),
-                device in connected,
-                self._protocol_heard(device),
-                _said(book.failures.get(device, {})),
-                answers.get(device),
-            )
-            for device in members
-        ]
-        interfaces = await asyncio.to_thread(interface_names, self._ips)
         discovery = self._discovery
-        strangers = [
-            v for v in self._announced.values() if v.device_id not in self._trust.members()
-        ]
-        return Facts(
-            str(PROTOCOL_VERSION),
-            self._network.port,
-            "off" if discovery is None else "failed" if discovery.problem else "running",
-            discovery.problem if discovery is not None else "",
-            interfaces,
-            neighbours,
-            [(v.name or short_id(v.device_id), v.version) for v in strangers],
-            _said(book.typed),
+        return await self._reach.facts(
+            self._ips,
+            None if discovery is None else discovery.problem,
+            tuple(self._announced.values()),
+            self._name,
         )
 
-    def _protocol_heard(self, device: DeviceId) -> str | None:
-        heard = (v.version for v in self._announced.values() if v.device_id == device)
-        return next(heard, None)
+    def _hears(self, device: DeviceId) -> bool:
+        return any(heard.device_id == device for heard in self._announced.values())
 
     def tag(self) -> str:
         """A short name for this set of paired devices."""
@@ -379,7 +357,3 @@ def _digest(resources: Resources | None) -> str:
         return ""
     lasting = (resources.memory_bytes, resources.backends, resources.roles, resources.version)
     return hashlib.sha256(repr(lasting).encode()).hexdigest()[:16]
-
-
-def _said(failures: Mapping[str, ConfidantError]) -> dict[str, tuple[str, str]]:
-    return {address: (failure.code, failure.message) for address, failure in failures.items()}
