@@ -89,7 +89,7 @@ class View:
                     "short_id": short_id(device),
                     "name": names.get(device, ""),
                     "self": device == self._identity.device_id,
-                    "let_in_by": self._named(sorted(self._trust.introducers(device))),
+                    "let_in_by": self._named(sorted(self._trust.introducers(device) & {*ids})),
                 }
                 for device in ids
             ]
@@ -190,11 +190,17 @@ class View:
         return next(peer for peer in self._swarm.peers() if peer.is_self)
 
     def _find_member(self, which: str) -> DeviceId:
-        names = {peer.name: peer.id for peer in self._swarm.peers() if not peer.is_self}
-        for device in self._trust.members():
-            if which in (device, short_id(device)) or names.get(which) == device:
-                return device
-        raise DeviceError(f"{which[:64]} is not a member", "see `confidant members`")
+        members, names = self._trust.members(), {p.id: p.name for p in self._swarm.peers()}
+        if which in (self._identity.device_id, short_id(self._identity.device_id)):
+            raise DeviceError("this is this very device", "it goes itself: confidant leave")
+        exact = [device for device in members if which in (device, short_id(device))]
+        found = exact or [device for device in members if names.get(device) == which]
+        if len(found) > 1:
+            ids = ", ".join(short_id(device) for device in found)
+            raise DeviceError(f"several members are called {which[:64]}", f"name one by id: {ids}")
+        if not found:
+            raise DeviceError(f"{which[:64]} is not a member", "see `confidant members`")
+        return found[0]
 
 
 def _names(device: DeviceId, name: str) -> dict[str, str]:

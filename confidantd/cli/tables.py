@@ -21,6 +21,7 @@ STATE_STYLES = {
 RUNNING = ("planning", "running", "recovering")
 FLEXIBLE = ("name", "device", "model", "devices")
 LEAST_CELLS = 8
+MOST_NAMED = 2  # devices in a cell
 
 
 def table(*columns: str, right: Iterable[str] = (), wide: str = "") -> Table:
@@ -102,7 +103,8 @@ def members(fields: Mapping[str, Any]) -> RenderableType:
     """`confidant members`."""
     made = table("name", "short id", "let in by", "id")
     for member in fields["members"]:
-        by = ", ".join(m["name"] or m["short_id"] for m in member["let_in_by"])
+        by = ", ".join(m["name"] or m["short_id"] for m in member["let_in_by"][:MOST_NAMED])
+        by += f" and {more} more" if (more := len(member["let_in_by"]) - MOST_NAMED) > 0 else ""
         name = member["name"] + (" (this)" if member["self"] else "")
         made.add_row(
             cell(name, cut=True),

@@ -76,12 +76,15 @@ class Ledger:
         change, said = self._view.admitted.get(device, 0), self._known.values()
         return {s.author for s in said if s.device == device and s.admits and s.change == change}
 
-    def admit(self, device: DeviceId, certificate: str, gone: int = 0) -> None:
-        """This device lets another one in, which says by which change it was `gone` before."""
+    def admit(self, device: DeviceId, certificate: str, gone: int = 0) -> int:
+        """This device lets another one in, which says by which change it was `gone` before; gives
+        by which it was.
+        """
         change = max(self._view.removed.get(device, 0), gone) + 1
         if change >= MAX_CHANGE:
             raise DeviceError("this device was removed by too high a change", OUT_OF_CHANGES)
         self._say(Statement(self.me, device, change, certificate))
+        return change - 1
 
     def remove(self, device: DeviceId) -> None:
         """This device removes another one, and keeps what it believed of what that one said."""

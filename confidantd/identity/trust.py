@@ -29,7 +29,7 @@ from confidantd.identity.ledger import Ledger
 from confidantd.identity.signing import Claim, check, sign
 from confidantd.ids import DeviceId
 from confidantd.wire.codec import from_map, to_map
-from confidantd.wire.roster import MAX_SIGNATURE_BYTES, Statement, signed_bytes
+from confidantd.wire.roster import MAX_CHANGE, MAX_SIGNATURE_BYTES, Statement, signed_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -98,23 +98,45 @@ class TrustStore:
         if listener in self._listeners:
             self._listeners.remove(listener)
 
-    def add(self, pem: str, gone: int = 0) -> DeviceId:
-        """Trust the device with this certificate from now on, also if it was removed before.
+    def add(self, pem: str) -> DeviceId:
+        """Trust the device with this certificate from now on, also if it was removed before."""
+        return self.invited(pem, 0)[0]
 
-        `gone`: by which change it left a swarm, as it says itself.
+    def invited(self, pem: str, gone: int) -> tuple[DeviceId, int]:
+        """Let a device in that left a swarm by the change `gone`, as it says; gives by which it
+        was out, for it to know that it is in again.
         """
-        device, text = _canonical(pem)
+        device, text = self._other(pem)
         with self._lock:
             ledger = self._ledger.copy()
-            if device == ledger.me:
-                raise DeviceError(
-                    "this is the certificate of this very device",
-                    "give the certificate of the other device",
-                )
-            ledger.admit(device, text, gone)
+            gone = ledger.admit(device, text, gone)
+            self._keep(ledger)
+        self._tell()
+        return device, gone
+
+    def joined(self, pem: str, gone: int, *, merge: bool) -> DeviceId:
+        """The device with this certificate let this one in, which was out by the change `gone`.
+        Unless two swarms are merged, what this one said before, in another swarm or after it
+        was removed, is nothing to the one that it joins.
+        """
+        device, text = self._other(pem)
+        with self._lock:
+            before = self._ledger
+            said = before.statements if merge else ()
+            ledger = Ledger(before.me, max(before.gone, min(gone, MAX_CHANGE - 1)), said)
+            ledger.admit(device, text)
             self._keep(ledger)
         self._tell()
         return device
+
+    def _other(self, pem: str) -> tuple[DeviceId, str]:
+        device, text = _canonical(pem)
+        if device == self._ledger.me:
+            raise DeviceError(
+                "this is the certificate of this very device",
+                "give the certificate of the other device",
+            )
+        return device, text
 
     def remove(self, device: DeviceId) -> None:
         """Trust the device no longer, whoever still does. It stands on the disk before anything

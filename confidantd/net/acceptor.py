@@ -10,7 +10,7 @@ import contextlib
 import logging
 import socket
 import ssl
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable
 
 from confidantd.errors import ConfidantError, NotPairedError, ProtocolError
@@ -22,10 +22,8 @@ from confidantd.tasks import TaskSet
 _log = logging.getLogger(__name__)
 
 HANDSHAKE_SECONDS = 5.0
-MAX_HANDSHAKES, MAX_OF_STRANGERS = (
-    24,
-    12,
-)  # under way at once; more are dropped, so a flood costs little memory
+# Under way at once; more are dropped, so that a flood costs little memory.
+MAX_HANDSHAKES, MAX_OF_STRANGERS, MAX_OF_HOST = 24, 12, 6
 # A handshake costs a millisecond of a laptop's core, ten of a phone's. Hosts from which members
 # came may make some; all others together as many as a person would ever need.
 MEMBER_HANDSHAKES = (1.5, 30.0)  # of one host: a second, and at once
@@ -35,7 +33,7 @@ REMEMBERED_HOSTS = 256
 # That many are dropped at once before the next ones are taken from the queue a little later: what
 # does not fit into the queue, the kernel drops.
 DROPPED_AT_ONCE, FLOOD_PAUSE_SECONDS = 50, 0.05
-MAX_OPEN = 20  # connections of one device: one to talk, and some that fetch
+MAX_OPEN = 18  # connections of one device: one to talk, and some that fetch
 LOG_SECONDS = 10.0  # a stranger that keeps trying fills no log
 ACCEPT_PAUSE_SECONDS = 0.5  # when the process is out of file descriptors
 SHUTDOWN_SECONDS = 1.0
@@ -62,6 +60,7 @@ class Acceptor:
         self._strangers = Allowance(*STRANGER_HANDSHAKES)
         self._each = Allowances(*EACH_STRANGER, remembered=REMEMBERED_HOSTS)
         self._of_strangers = self._dropped = 0
+        self._of_host: Counter[str] = Counter()
         self._known: OrderedDict[str, None] = OrderedDict()  # hosts of members
 
     def start(self, listener: socket.socket) -> None:
@@ -122,6 +121,8 @@ class Acceptor:
     def _may_try(self, host: str) -> bool:
         """Half of the places are kept free of strangers, and one of them does not take them all."""
         now = asyncio.get_running_loop().time()
+        if self._of_host[host] >= MAX_OF_HOST:
+            return False
         if host in self._known:
             return len(self._unfinished) < MAX_HANDSHAKES and self._members.take(host, now)
         free = self._of_strangers < MAX_OF_STRANGERS
@@ -129,10 +130,13 @@ class Acceptor:
 
     async def _counted(self, connection: socket.socket, host: str, stranger: bool) -> None:
         self._of_strangers += stranger
+        self._of_host[host] += 1
         try:
             await self._handshake(connection, host)
         finally:
             self._of_strangers -= stranger
+            self._of_host[host] -= 1
+            self._of_host += Counter()  # drops hosts without one
 
     def _pause(self, listener: socket.socket, seconds: float) -> None:
         """Those that wait would wake the loop again at once."""

@@ -57,10 +57,10 @@ def _ours(where: str, failure: Exception) -> ConfidantError:
     cause = getattr(failure, "os_error", None) or failure.__cause__ or failure
     if isinstance(cause, ConnectionRefusedError):
         return PeerRefusedError(f"nothing listens at {where}", "start confidantd there")
-    if isinstance(failure, aiohttp.ClientConnectorCertificateError | aiohttp.ClientSSLError):
+    if isinstance(cause, ssl.SSLCertVerificationError):
         return NotPairedError(f"the device at {where} is not paired with this one", _PAIR_HINT)
     if isinstance(cause, ssl.SSLError):
-        return NotPairedError(f"the device at {where} does not know this one", _PAIR_HINT)
+        return _tls_failed(where, cause)
     if isinstance(failure, aiohttp.WSServerHandshakeError):
         return _refused(where, failure.status)
     # A TLS 1.3 server rejects a client only after the client's handshake is complete.
@@ -68,6 +68,13 @@ def _ours(where: str, failure: Exception) -> ConfidantError:
         f"the connection to {where} broke ({type(failure).__name__})",
         "check that both devices are paired and on the network",
     )
+
+
+def _tls_failed(where: str, failure: ssl.SSLError) -> ConfidantError:
+    """An alert is a refusal of our certificate; all else was no TLS of ours."""
+    if "ALERT" in (failure.reason or ""):
+        return NotPairedError(f"the device at {where} does not know this one", _PAIR_HINT)
+    return WireProtocolError(f"what answers at {where} is no confidantd")
 
 
 def _refused(where: str, status: int) -> ConfidantError:

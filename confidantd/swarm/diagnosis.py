@@ -175,7 +175,10 @@ def _unreached(facts: Facts, there: Neighbour) -> Finding:
     state: Literal["warn", "fail"] = "fail"
     if "not-paired" in codes:
         message = f"{name} answers, but does not trust this device any more"
-        hint = f"pair the two again: confidant remove {name}, then confidant invite and join"
+        hint = (
+            "if this device was removed: confidant leave here, then confidant invite there and "
+            f"confidant join CODE here; if {name} is the one that was: the same on {name}"
+        )
     elif "unexpected-device" in codes:
         message = f"another device than {name} answers at {where}"
         hint = f"give the address that {name} has now: --peer HOST:PORT; or wait until it is heard"

@@ -11,7 +11,7 @@ import logging
 import ssl
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from confidantd.errors import ConfidantError, NotPairedError, WrongCodeError
 from confidantd.identity.certificate import Identity
@@ -177,7 +177,7 @@ class Inviting:
             raise
         self._used = invitation.code  # before anything else can use it
         try:
-            device = await asyncio.to_thread(self._trust.add, card.certificate, card.gone)
+            device, gone = await asyncio.to_thread(self._trust.invited, card.certificate, card.gone)
         except ConfidantError:
             self._used = None
             raise
@@ -185,7 +185,7 @@ class Inviting:
         if self.invitation is not None and self.invitation.code is invitation.code:
             self.invitation = self.invitation.ended("joined")  # with a device to show
         self._joined(self.last)
-        await stream.send(exchange.signed("inviter", self._me()))
+        await stream.send(exchange.signed("inviter", replace(self._me(), gone=gone)))
 
     def _require_open(self, number: str) -> Invitation:
         invitation = self.invitation.at(self._now()) if self.invitation else None

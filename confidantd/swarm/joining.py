@@ -19,8 +19,11 @@ from confidantd.wire.pairing import Card, Knock, Share
 JOIN_SECONDS = 20.0
 
 
-async def join(trust: TrustStore, code: Code, host: str, port: int, me: Card) -> Joined:
-    """Pair with the inviter at an address; `me` is this device's card without a proof.
+async def join(
+    trust: TrustStore, code: Code, host: str, port: int, me: Card, *, merge: bool = False
+) -> Joined:
+    """Pair with the inviter at an address; `me` is this device's card without a proof. `merge`:
+    with all that this device said in its own swarm.
 
     `WrongCodeError` if either side finds the other not to know the code; `NotPairedError`,
     `PeerLostError` or `ProtocolError` for what else can go wrong. Nothing is trusted then.
@@ -44,7 +47,7 @@ async def join(trust: TrustStore, code: Code, host: str, port: int, me: Card) ->
             ) from None
     finally:
         await stream.close()
-    device = await asyncio.to_thread(trust.add, card.certificate, card.gone)
+    device = await asyncio.to_thread(trust.joined, card.certificate, card.gone, merge=merge)
     return Joined(device, clean_name(card.name), host, card.port)
 
 

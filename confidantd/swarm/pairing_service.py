@@ -64,7 +64,7 @@ class PairingService:
             )
         try:
             async with asyncio.timeout(JOIN_SECONDS):
-                joined = await self._join(code, at)
+                joined = await self._join(code, at, merge=merge)
         except TimeoutError:
             raise PeerLostError(
                 f"no device could be joined within {JOIN_SECONDS:.0f} s", "ask for a new code"
@@ -72,12 +72,12 @@ class PairingService:
         self._met(joined)
         return joined
 
-    async def _join(self, code: Code, at: str) -> Joined:
+    async def _join(self, code: Code, at: str, *, merge: bool) -> Joined:
         addresses = [typed_address(at)] if at else await self._look_for(code)
         failure: PeerLostError | None = None
         for host, port in addresses:
             try:
-                return await join(self._trust, code, host, port, self._card())
+                return await join(self._trust, code, host, port, self._card(), merge=merge)
             except PeerLostError as lost:
                 failure = lost  # another of its addresses may work
         assert failure is not None

@@ -69,6 +69,15 @@ async def translated(where: str, timeout_seconds: float) -> AsyncIterator[None]:
             yield
     except TimeoutError:
         raise PeerLostError(f"{where} did not answer within {timeout_seconds:g} s") from None
+    except ConnectionRefusedError:
+        raise PeerLostError(
+            f"no invitation is open at {where}", "ask for a new code: confidant invite"
+        ) from None
+    except ssl.SSLError:
+        raise PeerLostError(
+            f"what answers at {where} takes no invitations",
+            "give the address that the inviter shows; its port is another one than the daemon's",
+        ) from None
     except (OSError, asyncio.IncompleteReadError) as failure:
         reason = getattr(failure, "strerror", None) or type(failure).__name__
         raise PeerLostError(

@@ -40,8 +40,9 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """Who a device is. `gone`: by which change it left a swarm last (`wire.roster`). `proof` is
-    a MAC of the rest under the key of the exchange.
+    """Who a device is. `gone`, of a joiner: by which change it left a swarm last, and of an
+    inviter: by which one the joiner was out before it was let in now (`wire.roster`). `proof`
+    is a MAC of the rest under the key of the exchange.
     """
 
     certificate: str

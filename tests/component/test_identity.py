@@ -184,8 +184,8 @@ def test_who_hears_that_it_was_removed_trusts_nobody_and_says_so_when_it_joins(
     again = TrustStore(three.anna.home)
     assert again.members() == {}
     assert again.gone == 1
-    bens.add(three.anna.certificate_pem, again.gone)
-    again.add(three.ben.certificate_pem)
+    _, gone = bens.invited(three.anna.certificate_pem, again.gone)
+    again.joined(three.ben.certificate_pem, gone, merge=False)
     bens.sign()
     again.merge(bens.statements())
     assert set(again.members()) == {three.ben.device_id, three.cleo.device_id}
@@ -201,3 +201,25 @@ def test_who_leaves_says_it_signed(tmp_path: Path) -> None:
     cleos.leave()
     assert cleos.members() == {}
     assert TrustStore(three.cleo.home).gone == 1
+
+
+def test_what_a_removed_device_did_on_its_own_does_not_come_along_when_it_joins_again(
+    tmp_path: Path,
+) -> None:
+    three = Three(tmp_path)
+    three.trust.merge([three.said])
+    cleos = TrustStore(three.cleo.home)
+    for other in (three.anna, three.ben):
+        cleos.add(other.certificate_pem)
+    three.trust.remove(three.cleo.device_id)  # while cleo is off
+    for other in (three.anna, three.ben):
+        cleos.remove(other.device_id)  # and cleo does the same to them
+    _, gone = three.trust.invited(three.cleo.certificate_pem, cleos.gone)
+    cleos.joined(three.anna.certificate_pem, gone, merge=False)
+    three.trust.sign()
+    cleos.merge(s for s in three.trust.statements() if not s.admits)  # the old removal first
+    cleos.merge(three.trust.statements())
+    cleos.sign()
+    three.trust.merge(cleos.statements())
+    assert set(cleos.members()) == {three.anna.device_id, three.ben.device_id}
+    assert three.trusted() == {three.ben.device_id, three.cleo.device_id}

@@ -95,7 +95,7 @@ AT = "10.0.0.2:7480"
             replace(GONE, failures={AT: ("protocol", "the other device speaks protocol 3")}),
             "speaks protocol 3", "same release",
         ),
-        (replace(GONE, failures={AT: ("not-paired", "x")}), "does not trust", "invite"),
+        (replace(GONE, failures={AT: ("not-paired", "x")}), "does not trust", "leave here"),
         (
             replace(GONE, announced="4", failures={AT: ("peer-lost", "x")}),
             f"announces itself, but no connection to it opens ({AT})", "firewall on ben",
