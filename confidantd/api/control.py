@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 from collections.abc import Awaitable, Callable
@@ -159,9 +160,10 @@ async def _stream(request: web.Request, log: JobLog) -> web.StreamResponse:
     """Every event of a job as a line of JSON, until its last."""
     response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
     await response.prepare(request)
-    async for event in log.follow():
-        await response.write(json.dumps(event).encode() + b"\n")
-    await response.write_eof()
+    with contextlib.suppress(ConnectionError):  # the client has what it wanted, and is gone
+        async for event in log.follow():
+            await response.write(json.dumps(event).encode() + b"\n")
+        await response.write_eof()
     return response
 
 

@@ -46,7 +46,7 @@ def _stages(fields: Fields) -> Table:
         ends = [name for name in ("embedding", "head") if stage[name]]
         made.add_row(
             cell(stage["name"], cut=True),
-            cell(f"{first}-{past_last - 1}"),
+            cell(f"{first}-{past_last - 1}" if past_last > first else ""),
             cell(", ".join(ends)),
             _bar(stage["memory_bytes"], stage.get("available_bytes")),
             cell(size(stage.get("available_bytes"))),

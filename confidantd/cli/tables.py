@@ -101,7 +101,7 @@ def peers(fields: Mapping[str, Any]) -> RenderableType:
 
 def members(fields: Mapping[str, Any]) -> RenderableType:
     """`confidant members`."""
-    made = table("name", "short id", "let in by", "id")
+    made = table("name", "short id", "vouched for by", "id")
     for member in fields["members"]:
         by = ", ".join(m["name"] or m["short_id"] for m in member["let_in_by"][:MOST_NAMED])
         by += f" and {more} more" if (more := len(member["let_in_by"]) - MOST_NAMED) > 0 else ""

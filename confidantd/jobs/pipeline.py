@@ -157,7 +157,7 @@ class Pipeline:
             self._fail(
                 PeerLostError(
                     f"{name} left while it held a stage of the job",
-                    "bring it back, or start again without it (--devices)",
+                    "start again when it is back, or without it (--devices)",
                 )
             )
 

@@ -22,18 +22,19 @@ from confidantd.tasks import TaskSet
 _log = logging.getLogger(__name__)
 
 HANDSHAKE_SECONDS = 5.0
-# Under way at once; more are dropped, so that a flood costs little memory.
-MAX_HANDSHAKES, MAX_OF_STRANGERS, MAX_OF_HOST = 24, 12, 6
+# Under way at once, of strangers, and of one strange host; more are dropped, so that a flood costs
+# little memory. Members open several at once when they fetch a stage.
+MAX_HANDSHAKES, MAX_OF_STRANGERS, MAX_OF_HOST = 32, 10, 6
 # A handshake costs a millisecond of a laptop's core, ten of a phone's. Hosts from which members
 # came may make some; all others together as many as a person would ever need.
-MEMBER_HANDSHAKES = (1.5, 30.0)  # of one host: a second, and at once
+MEMBER_HANDSHAKES = (5.0, 100.0)  # of one host: a second, and at once
 STRANGER_HANDSHAKES = (5.0, 30.0)
 EACH_STRANGER = (1.0, 10.0)
 REMEMBERED_HOSTS = 256
 # That many are dropped at once before the next ones are taken from the queue a little later: what
 # does not fit into the queue, the kernel drops.
 DROPPED_AT_ONCE, FLOOD_PAUSE_SECONDS = 50, 0.05
-MAX_OPEN = 18  # connections of one device: one to talk, and some that fetch
+MAX_OPEN = 20  # connections of one device: one to talk, and some that fetch
 LOG_SECONDS = 10.0  # a stranger that keeps trying fills no log
 ACCEPT_PAUSE_SECONDS = 0.5  # when the process is out of file descriptors
 SHUTDOWN_SECONDS = 1.0
@@ -121,11 +122,9 @@ class Acceptor:
     def _may_try(self, host: str) -> bool:
         """Half of the places are kept free of strangers, and one of them does not take them all."""
         now = asyncio.get_running_loop().time()
-        if self._of_host[host] >= MAX_OF_HOST:
-            return False
         if host in self._known:
             return len(self._unfinished) < MAX_HANDSHAKES and self._members.take(host, now)
-        free = self._of_strangers < MAX_OF_STRANGERS
+        free = self._of_strangers < MAX_OF_STRANGERS and self._of_host[host] < MAX_OF_HOST
         return free and self._each.take(host, now) and self._strangers.take(now)
 
     async def _counted(self, connection: socket.socket, host: str, stranger: bool) -> None:

@@ -56,7 +56,7 @@ MAX_HEADER_BYTES = 8_190
 SHUTDOWN_SECONDS = 1.0
 # Of this device's processor for the messages of one peer: a second, and at once.
 PROCESSOR_SECONDS, MOST_PEERS = (0.025, 1.0), 512
-MOST_TO_ONE = 8  # connections to one device at once, well below what it allows
+MOST_TO_ONE = 6  # connections to one device at once, well below what it allows
 MAX_GREETING = 2  # connections of one device: each may hold the bytes of a large message
 FAREWELL_SECONDS = 0.3  # in which a removed device is told so, before its sockets are cut
 LOOP_TURNS_TO_CLOSE = 3  # an aborted TLS transport closes its socket in the loop's next turns
