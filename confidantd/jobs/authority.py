@@ -58,7 +58,7 @@ RIGHTS: Mapping[str, Right] = {
 
 # What keeps a device busy: a member that asks without end is told to wait.
 HEAVY = frozenset({"device.measure", "programs.compile", "job.plan", "job.negotiate"})
-HEAVY_ALLOWANCE = (1.0, 30.0)  # of one member: a second, and at once
+HEAVY_ALLOWANCE = (5.0, 200.0)  # of one member: a second, and at once
 MOST_MEMBERS = 512
 
 Decision = Callable[[DeviceId, Mapping[str, Any]], bool]
