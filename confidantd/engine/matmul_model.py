@@ -9,7 +9,8 @@ from __future__ import annotations
 _IR_VERSION, _OPSET, _FLOAT = 10, 20, 1
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
+    """A number, seven bits a byte."""
     found = bytearray()
     while value > 0x7F:
         found.append(value & 0x7F | 0x80)
@@ -17,25 +18,33 @@ def _varint(value: int) -> bytes:
     return bytes([*found, value])
 
 
-def _number(field: int, value: int) -> bytes:
-    return _varint(field << 3) + _varint(value)
+def number_field(field: int, value: int) -> bytes:
+    """A field that is a number."""
+    return varint(field << 3) + varint(value)
 
 
-def _part(field: int, data: bytes) -> bytes:
-    return _varint(field << 3 | 2) + _varint(len(data)) + data
+def part_field(field: int, data: bytes) -> bytes:
+    """A field that is a text, bytes or another message."""
+    return varint(field << 3 | 2) + varint(len(data)) + data
 
 
 def _value(name: str, dimensions: int) -> bytes:
     """ValueInfoProto: a float tensor with free dimensions."""
-    shape = b"".join(_part(1, _part(2, f"{name}{i}".encode())) for i in range(dimensions))
-    tensor = _number(1, _FLOAT) + _part(2, shape)
-    return _part(1, name.encode()) + _part(2, _part(1, tensor))
+    shape = b"".join(part_field(1, part_field(2, f"{name}{i}".encode())) for i in range(dimensions))
+    tensor = number_field(1, _FLOAT) + part_field(2, shape)
+    return part_field(1, name.encode()) + part_field(2, part_field(1, tensor))
 
 
 def matmul_model() -> bytes:
     """Inputs `a` [m, k] and `b` [k, n], output `c` [m, n]."""
-    node = _part(1, b"a") + _part(1, b"b") + _part(2, b"c") + _part(4, b"MatMul")
-    graph = _part(1, node) + _part(2, b"matmul")
-    graph += _part(11, _value("a", 2)) + _part(11, _value("b", 2)) + _part(12, _value("c", 2))
-    opset = _part(1, b"") + _number(2, _OPSET)
-    return _number(1, _IR_VERSION) + _part(7, graph) + _part(8, opset)
+    node = (
+        part_field(1, b"a") + part_field(1, b"b") + part_field(2, b"c") + part_field(4, b"MatMul")
+    )
+    graph = part_field(1, node) + part_field(2, b"matmul")
+    graph += (
+        part_field(11, _value("a", 2))
+        + part_field(11, _value("b", 2))
+        + part_field(12, _value("c", 2))
+    )
+    opset = part_field(1, b"") + number_field(2, _OPSET)
+    return number_field(1, _IR_VERSION) + part_field(7, graph) + part_field(8, opset)

@@ -49,10 +49,8 @@ class TrustStore:
         self._home = home
         self._path = home / MEMBERS_NAME
         identity = home / IDENTITY_FOLDER
-        self._own, self._key_path = (
-            _own_certificate(identity / CERTIFICATE_NAME),
-            identity / KEY_NAME,
-        )
+        self._own = _own_certificate(identity / CERTIFICATE_NAME)
+        self._key_path = identity / KEY_NAME
         self._listeners: list[Listener] = []
         self._lock = threading.RLock()
         self._ledger = self._read()

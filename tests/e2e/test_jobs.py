@@ -58,6 +58,19 @@ def wait_for_steps(owner: Device, job: str) -> None:
     assert record(owner, job)["state"] == "running", record(owner, job)
 
 
+def started(owner: Device, small: Small, output: Path) -> str:
+    """A job that has done some steps; its id."""
+    job = start(owner, small, output)
+    wait_for_steps(owner, job)
+    return job
+
+
+def wait_for_failure(owner: Device, job: str) -> str:
+    """Until the job has failed; what is said of it."""
+    wait_until(lambda: record(owner, job)["state"] == "failed", END_SECONDS, "failure")
+    return str(record(owner, job)["message"])
+
+
 def workers(device: Device) -> list[psutil.Process]:
     """The worker processes of a daemon."""
     return [
@@ -76,8 +89,7 @@ def test_a_job_is_listed_watched_and_cancelled(
     devices: list[Device], small: Small, tmp_path: Path
 ) -> None:
     owner = devices[0]
-    job = start(owner, small, tmp_path / "out")
-    wait_for_steps(owner, job)
+    job = started(owner, small, tmp_path / "out")
     listed = owner.json("jobs")["jobs"]
     assert [(j["id"], j["kind"], j["state"]) for j in listed] == [(job, "train", "running")]
     assert sorted(listed[0]["devices"]) == ["anna", "ben"]
@@ -104,24 +116,21 @@ def test_a_killed_worker_fails_the_job_with_its_reason(
     devices: list[Device], small: Small, tmp_path: Path
 ) -> None:
     owner, other = devices
-    job = start(owner, small, tmp_path / "out")
-    wait_for_steps(owner, job)
+    job = started(owner, small, tmp_path / "out")
     confined = Path(f"/proc/{workers(other)[0].pid}/status").read_text()
     assert "NoNewPrivs:\t1" in confined
     workers(other)[0].kill()
-    wait_until(lambda: record(owner, job)["state"] == "failed", END_SECONDS, "failure")
-    assert record(owner, job)["message"]
+    assert wait_for_failure(owner, job)
     wait_for_no_workers(*devices)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_lost_device_is_named(devices: list[Device], small: Small, tmp_path: Path) -> None:
     owner, other = devices
-    job = start(owner, small, tmp_path / "out")
-    wait_for_steps(owner, job)
+    job = started(owner, small, tmp_path / "out")
     orphans = workers(other)
     other.kill()
-    wait_until(lambda: record(owner, job)["state"] == "failed", END_SECONDS, "failure")
+    wait_for_failure(owner, job)
     psutil.wait_procs(orphans, END_SECONDS)
     assert not [orphan for orphan in orphans if orphan.is_running()]
     wait_for_no_workers(owner)
@@ -132,13 +141,11 @@ def test_a_device_that_is_removed_is_out_of_the_running_job(
     devices: list[Device], small: Small, tmp_path: Path
 ) -> None:
     owner, other = devices
-    job = start(owner, small, tmp_path / "out")
-    wait_for_steps(owner, job)
+    job = started(owner, small, tmp_path / "out")
     assert owner.cli("remove", "ben").returncode == 0
     wait_for_no_workers(other)
     wait_until(lambda: not talks_to(other, owner), END_SECONDS, "every connection ended")
-    wait_until(lambda: record(owner, job)["state"] == "failed", END_SECONDS, "failure")
-    assert record(owner, job)["message"].startswith("ben ")  # is gone, or left: who hears first
+    assert wait_for_failure(owner, job).startswith("ben ")  # is gone, or left: who hears first
     wait_for_no_workers(owner)
     assert [m["self"] for m in other.json("members")["members"]] == [True], "it was told"
 
@@ -156,8 +163,7 @@ def talks_to(one: Device, other: Device) -> bool:
 
 def test_a_lost_owner_frees_its_stages(devices: list[Device], small: Small, tmp_path: Path) -> None:
     owner, other = devices
-    job = start(owner, small, tmp_path / "out")
-    wait_for_steps(owner, job)
+    job = started(owner, small, tmp_path / "out")
     owner.kill()
     wait_for_no_workers(other)
     wait_until(
@@ -172,8 +178,7 @@ def test_a_daemon_that_stops_ends_its_job_and_workers(
     devices: list[Device], small: Small, tmp_path: Path
 ) -> None:
     owner, other = devices
-    job = start(owner, small, tmp_path / "out")
-    wait_for_steps(owner, job)
+    started(owner, small, tmp_path / "out")
     children = workers(owner)
     assert owner.stop() == 0
     assert not [child for child in children if child.is_running()]

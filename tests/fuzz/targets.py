@@ -13,6 +13,8 @@ from zeroconf import ServiceInfo
 
 from confidantd.config import CONFIG_NAME, load_config
 from confidantd.discovery.announcement import Announcement, from_txt, to_txt
+from confidantd.engine.matmul_model import matmul_model
+from confidantd.engine.matmul_model import part_field as field
 from confidantd.engine.program_check import check_bytes
 from confidantd.errors import ConfidantError, ProtocolError
 from confidantd.identity.certificate import load_or_create
@@ -68,7 +70,7 @@ def targets(folder: Path) -> Iterator[Target]:
     yield Target("pairing", pairing.decode_pairing, list(_pairings()), **packed)
     yield Target("rosters", _take, [_roster()], **packed)
     yield Target("mDNS records", _announced, [_txt()])
-    yield Target("programs", check_bytes, [_program()], expected=(ValueError,))
+    yield Target("programs", check_bytes, [_program(), matmul_model()], expected=(ValueError,))
     yield Target("manifests", _manifest, [_manifest_seed()], **as_json, expected=(ValueError,))
     yield from _files(folder, as_json)
 
@@ -306,15 +308,11 @@ def _announced(data: bytes) -> object:
 
 def _program() -> bytes:
     """A graph with one node that has a tensor, and one initializer, by hand."""
-    tensor = _field(8, b"w") + _field(9, bytes(8))
-    attribute = _field(1, b"value") + _field(5, tensor)
-    node = _field(1, b"x") + _field(4, b"Identity") + _field(5, attribute)
-    graph = _field(1, node) + _field(5, tensor)
-    return _field(7, graph) + _field(14, _field(1, b"k") + _field(2, b"v"))
-
-
-def _field(number: int, content: bytes) -> bytes:
-    return bytes([number << 3 | 2, len(content)]) + content
+    tensor = field(8, b"w") + field(9, bytes(8))
+    attribute = field(1, b"value") + field(5, tensor)
+    node = field(1, b"x") + field(4, b"Identity") + field(5, attribute)
+    graph = field(1, node) + field(5, tensor)
+    return field(7, graph) + field(14, field(1, b"k") + field(2, b"v"))
 
 
 def _manifest_seed() -> bytes:

@@ -6,22 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from confidantd.engine.matmul_model import matmul_model, number_field, varint
+from confidantd.engine.matmul_model import part_field as field
 from confidantd.engine.program_check import MAX_PROGRAM_BYTES, check_bytes, check_program
 from confidantd.errors import CorruptFileError
-
-
-def field(number: int, content: bytes) -> bytes:
-    """Length-delimited, with a short tag and length."""
-    return varint(number << 3 | 2) + varint(len(content)) + content
-
-
-def varint(value: int) -> bytes:
-    """As protobuf writes numbers."""
-    made = bytearray()
-    while value > 0x7F:
-        made.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*made, value])
 
 
 def node(operator: bytes, *, domain: bytes = b"", attribute: bytes = b"") -> bytes:
@@ -37,12 +25,13 @@ def model(*parts: bytes) -> bytes:
 
 TENSOR = field(8, b"w") + field(9, bytes(8))
 ELSEWHERE = field(8, b"w") + field(13, field(1, b"location") + field(2, b"/etc/passwd"))
-EXTERNAL = field(8, b"w") + varint(14 << 3) + varint(1)
+EXTERNAL = field(8, b"w") + number_field(14, 1)
 
 
 @pytest.mark.parametrize(
     "good",
     [
+        matmul_model(),
         model(node(b"MatMul"), node(b"Add"), field(5, TENSOR)),
         model(node(b"Constant", attribute=field(1, b"value") + field(5, TENSOR))),
         model(node(b"Softmax", domain=b"ai.onnx")),
@@ -73,7 +62,7 @@ def test_arithmetic_is_let_through(good: bytes) -> None:
         (model()[:-1] + b"\x0a\x7f", "cut off"),
         (b"\x0b", "damaged"),
         (b"\x80" * 11, "damaged"),
-        (varint(7 << 3) + varint(1), "damaged"),  # a graph that is a number
+        (number_field(7, 1), "damaged"),  # a graph that is a number
         # tags of more than 32 bits, which others read as a graph, or an operator
         (model(node(b"Add")) + varint((1 << 32) | (7 << 3 | 2)) + b"\x00", "damaged"),
         (bytes(MAX_PROGRAM_BYTES + 1), "too large"),
