@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 HANDSHAKE_SECONDS = 5.0
 # Under way at once, of strangers, and of one strange host; more are dropped, so that a flood costs
 # little memory. Members open several at once when they fetch a stage.
-MAX_HANDSHAKES, MAX_OF_STRANGERS, MAX_OF_HOST = 32, 10, 6
+MAX_HANDSHAKES, MAX_OF_STRANGERS, MAX_OF_HOST = 16, 6, 4
 # A handshake costs a millisecond of a laptop's core, ten of a phone's. Hosts from which members
 # came may make some; all others together as many as a person would ever need.
 MEMBER_HANDSHAKES = (5.0, 100.0)  # of one host: a second, and at once
@@ -34,7 +34,7 @@ REMEMBERED_HOSTS = 256
 # That many are dropped at once before the next ones are taken from the queue a little later: what
 # does not fit into the queue, the kernel drops.
 DROPPED_AT_ONCE, FLOOD_PAUSE_SECONDS = 50, 0.05
-MAX_OPEN = 20  # connections of one device: one to talk, and some that fetch
+MAX_OPEN = 14  # connections of one device: one to talk, and some that fetch
 LOG_SECONDS = 10.0  # a stranger that keeps trying fills no log
 ACCEPT_PAUSE_SECONDS = 0.5  # when the process is out of file descriptors
 SHUTDOWN_SECONDS = 1.0
@@ -120,7 +120,9 @@ class Acceptor:
             self._known.popitem(last=False)
 
     def _may_try(self, host: str) -> bool:
-        """Half of the places are kept free of strangers, and one of them does not take them all."""
+        """Most of the places are kept free of strangers, and one of them does not take all of
+        theirs.
+        """
         now = asyncio.get_running_loop().time()
         if host in self._known:
             return len(self._unfinished) < MAX_HANDSHAKES and self._members.take(host, now)

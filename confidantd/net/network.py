@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,6 +56,7 @@ MAX_HEADER_BYTES = 8_190
 SHUTDOWN_SECONDS = 1.0
 # Of this device's processor for the messages of one peer: a second, and at once.
 PROCESSOR_SECONDS, MOST_PEERS = (0.025, 1.0), 512
+BLOB_PAUSES = (0.3, 1.0)  # seconds, before a range is asked for again
 MOST_TO_ONE = 6  # connections to one device at once, well below what it allows
 MAX_GREETING = 2  # connections of one device: each may hold the bytes of a large message
 FAREWELL_SECONDS = 0.3  # in which a removed device is told so, before its sockets are cut
@@ -250,6 +251,17 @@ class Network:
 
     async def read_blob(self, device: DeviceId, digest: Digest, offset: int, length: int) -> bytes:
         """`length` bytes (at most 4 MiB) of a blob that a connected device has."""
+        pauses = deque(BLOB_PAUSES)
+        while True:
+            try:
+                return await self._read_blob(device, digest, offset, length)
+            except PeerLostError:
+                # a device that is there may have had too many connections at once
+                if not pauses or self._connections.get(device) is None:
+                    raise
+            await asyncio.sleep(pauses.popleft())
+
+    async def _read_blob(self, device: DeviceId, digest: Digest, offset: int, length: int) -> bytes:
         address = self._require_address(device)
         context = await self._contexts.to(device)
         session, clock = self._require_session(), asyncio.get_running_loop().time

@@ -349,3 +349,23 @@ async def test_one_device_has_so_many_connections_and_no_more(
 async def _ended(reader: asyncio.StreamReader) -> None:
     with contextlib.suppress(OSError):
         await reader.read()
+
+
+async def test_a_range_is_asked_for_again_where_a_device_had_too_many_connections(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = await _devices(tmp_path, 2)
+    await pair([a, b])
+    file = tmp_path / "weights"
+    await asyncio.to_thread(file.write_bytes, b"x" * 100)
+    digest = await asyncio.to_thread(a.blobs.add, file, 0, 100)
+    async with running(a, b):
+        await _connect(b, a)
+        acceptor = a.network._acceptor
+        assert acceptor is not None
+        answers = iter((False, True))
+        monkeypatch.setattr(acceptor, "_may_try", lambda _host: next(answers, False))
+        assert await b.network.read_blob(a.id, digest, 0, 100) == b"x" * 100
+        b.network._contexts.forget()  # a new connection is needed
+        with pytest.raises(PeerLostError):
+            await b.network.read_blob(a.id, digest, 0, 100)
