@@ -136,10 +136,8 @@ class ControlApi:
         return await _json({"job": job})
 
     async def _resume(self, request: web.Request) -> web.StreamResponse:
-        self._jobs.get(request.match_info["job"])
-        raise UsageError(
-            "a job cannot be resumed in this version", "start it again with `confidant train`"
-        )
+        log = await self._jobs.resume(request.match_info["job"])
+        return await _json({"job": log.record.id})
 
 
 async def _json(body: dict[str, Any]) -> web.StreamResponse:

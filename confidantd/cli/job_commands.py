@@ -87,7 +87,7 @@ def cancel(job: str) -> None:
 @click.argument("job", metavar="ID")
 @common
 def resume(job: str) -> None:
-    """Go on with a job that was interrupted (not there yet)."""
+    """Go on with a job that failed, from its last checkpoint."""
     _order(f"{_path(job)}/resume", "resumed {job}")
 
 

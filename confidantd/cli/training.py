@@ -29,6 +29,7 @@ Events = AsyncGenerator[Event, None]
 
 PHASES = {
     "prepare": "reading the text",
+    "recover": "waiting for devices",
     "compile": "compiling programs",
     "distribute": "sending layers",
     "load": "loading layers",

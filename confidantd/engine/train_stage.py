@@ -35,7 +35,7 @@ from confidantd.errors import WorkerError
 from confidantd.models.stage_parts import Part
 from confidantd.models.tensors import Source
 from confidantd.planner.memory import head_chunk
-from confidantd.wire.stage import StageSpec
+from confidantd.wire.stage import StageSpec, parts_of
 
 Array = NDArray[Any]
 BLOCK_PROGRAMS = {"block_forward", "block_recompute", "block_backward"}
@@ -102,18 +102,37 @@ class TrainStage:
             self._blocks = FusedBlocks(load_programs(paths, BLOCK_PROGRAMS, threads, backend))
 
     def become(
-        self, spec: StageSpec, read: Reader, read_adapter: Reader | None, state: State
+        self,
+        spec: StageSpec,
+        read: Reader,
+        read_adapter: Reader | None,
+        state: State,
+        steps_done: int,
     ) -> None:
-        """Go on as another stage of the same job, between two steps.
+        """Go on as another stage of the same job, `steps_done` steps from its begin.
 
-        What both have in common stays where it is; `state` gives what others trained so far
-        of the rest. Afterwards it runs on one backend until `schedule`.
+        What both have in common stays where it is, unless `state` gives another one to go back
+        to; it gives what others trained so far of the rest. A step that is under way is dropped.
+        Afterwards it runs on one backend until `schedule`.
         """
         self.close()
+        self.abandon()
+        self._step = steps_done
         self._team, self._split_head, self._scheduled = None, None, None
         self._spec = spec
         self._load_programs()
         self._weights = StageWeights(spec, read, read_adapter, state, self._weights)
+
+    def abandon(self) -> None:
+        """Drop what was computed of a step that does not end."""
+        self._kept.clear()
+        self._labels.clear()
+        self._loss = 0.0
+        self._weights.drop_gradients()
+
+    def parts(self) -> frozenset[Part]:
+        """Layers and ends of this stage."""
+        return parts_of(self._spec)
 
     def schedule(
         self,

@@ -143,6 +143,15 @@ class StageWeights:
             self.head = kept.get(HEAD) or self._head(read)
         for group in kept.values():
             self._by_name |= {t.source.name: t for t in group.trained.values()}
+        for name, trained in self._by_name.items():
+            found = state(name)
+            if found is not None:  # of what was kept, too, when the job goes back some steps
+                trained.restore(found)
+
+    def drop_gradients(self) -> None:
+        """Of a step that does not end."""
+        for trained in self._by_name.values():
+            trained.clear()
 
     def taken(self, wanted: frozenset[Part], *, tied: bool) -> dict[Part, Group]:
         """Groups that a stage with the parts `wanted` goes on with; these weights lose all."""
@@ -170,9 +179,6 @@ class StageWeights:
 
     def _train(self, group: Group, source: Source, array: Floats) -> None:
         trained = Trained(source, array)
-        state = self._state(source.name)
-        if state is not None:
-            trained.restore(state)
         group.weights[source.parameter.name] = array
         group.trained[source.parameter.name] = trained
         self._by_name[source.name] = trained

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from confidantd.errors import ProtocolError
 from confidantd.ids import DeviceId, JobId
-from confidantd.jobs.moving import wanted
+from confidantd.jobs.moving import wanted, whole_stage
 from confidantd.jobs.setup import Workload
-from confidantd.planner.plan import Plan
+from confidantd.planner.plan import Plan, StagePlan
 from confidantd.wire.stage import (
     OptimizerSpec,
     ProgramEntry,
@@ -39,17 +39,19 @@ def assignments(
     source: DeviceId,
     optimizer: OptimizerSpec,
     seed: int,
-    before: Plan | None,
+    before: Sequence[StagePlan],
     state: Mapping[str, StateEntry],
     steps_done: int,
+    goes_back: bool = False,
 ) -> list[StageAssignment]:
     """One assignment per stage of the plan, each with just the tensors it needs.
 
-    A stage that goes on from one of the plan `before` keeps what both have; of the rest
-    `state` is taken over from others, and what nobody trains comes from the checkpoint.
+    A stage that goes on from one of those `before` keeps what both have; of the rest
+    `state` is taken over from others, and what nobody trains comes from the model. Where the
+    job `goes_back` some steps, `state` counts for what a stage keeps, too.
     """
     tied = workload.spec.tied
-    lacking = wanted(before.stages if before else (), plan.stages, tied=tied)
+    lacking = wanted(before, plan.stages, tied=tied)
     rows = workload.batch_size // workload.microbatches
     found = []
     for index, stage in enumerate(plan.stages):
@@ -69,8 +71,12 @@ def assignments(
         )
         names = lacking[index].tensor_names(workload.spec)
         adapter = lacking[index].adapter_names(workload.spec, workload.lora)
-        if before is not None:
-            _check_complete(workload, names, adapter, state)
+        trained = {"full": names, "lora": adapter, None: ()}[workload.method]
+        if goes_back:
+            trained = tuple(whole_stage(workload.spec, workload.method, workload.lora, stage))
+        if (steps_done or before) and any(name not in state for name in trained):
+            # nothing that is trained may come from the model in the middle of a job
+            raise ProtocolError("a stage was not handed all that was trained of it")
         found.append(
             StageAssignment(
                 job=job,
@@ -87,19 +93,7 @@ def assignments(
                 ),
                 cpu_only=stage.cpu_only,
                 steps_done=steps_done,
-                state=tuple(state[n] for n in (*names, *adapter) if n in state),
+                state=tuple(state[n] for n in trained if n in state),
             )
         )
     return found
-
-
-def _check_complete(
-    workload: Workload,
-    names: tuple[str, ...],
-    adapter: tuple[str, ...],
-    state: Mapping[str, StateEntry],
-) -> None:
-    """Nothing that is trained may come from the checkpoint in the middle of a job."""
-    trained = {"full": names, "lora": adapter, None: ()}[workload.method]
-    if any(name not in state for name in trained):
-        raise ProtocolError("a stage was not handed all that was trained of it")

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from confidantd.jobs.course import Course
-from confidantd.jobs.launch import Launched
+from confidantd.jobs.job_plans import Launched
 from confidantd.jobs.options import TrainOptions
+from confidantd.jobs.replication import Replication
 from confidantd.jobs.training_data import TokenBlocks
 from confidantd.wire.worker import Evaluate, Evaluated, TrainStep
 
@@ -34,7 +35,9 @@ class Feeder:
         blocks: TokenBlocks,
         eval_folder: Path,
         options: TrainOptions,
+        replication: Replication,
     ) -> None:
+        self._replication = replication
         self._pipeline = launched.pipeline
         self._specs = launched.specs
         self._course = course
@@ -44,6 +47,8 @@ class Feeder:
         self.fed = 0  # steps sent
         self._requests = 0
         self._evaluations: dict[int, _Evaluation] = {}
+        self._evaluated = -1  # after that many steps, and answered
+        self._evaluates = True  # before the next step
 
     @property
     def done(self) -> bool:
@@ -59,14 +64,23 @@ class Feeder:
         """Send to another pipeline of the job from now on."""
         self._pipeline, self._specs = launched.pipeline, launched.specs
 
+    def go_back(self, steps: int) -> None:
+        """Send again what comes after so many steps, and ask again what was not answered."""
+        self.fed = steps
+        self._evaluations.clear()
+        self._evaluates = True
+
     async def feed_until(self, steps: int) -> None:
         """Send steps until `steps` of them, or all, have been sent."""
-        if self.fed == 0 and not self._requests:
-            await self._evaluate()
+        await self._evaluate_if_due()
         while self.fed < min(steps, self._course.steps):
             await self._feed_step()
-            if self._course.evaluates_after(self.fed):
-                await self._evaluate()
+            await self._evaluate_if_due()
+
+    async def _evaluate_if_due(self) -> None:
+        wanted, self._evaluates = self._evaluates, False
+        if wanted and self._evaluated < self.fed and self._course.evaluates_after(self.fed):
+            await self._evaluate()
 
     async def _feed_step(self) -> None:
         course, step = self._course, self.fed
@@ -85,6 +99,9 @@ class Feeder:
                 ),
             )
         self.fed += 1
+        self._evaluates = True
+        if not self.done:  # after the last step comes the result
+            await self._replication.after(self.fed)
 
     async def _evaluate(self) -> None:
         """Send the whole held-out text, forward only."""
@@ -120,4 +137,5 @@ class Feeder:
         evaluation.count += event.count
         if evaluation.waiting:
             return None
+        self._evaluated = evaluation.after_steps
         return evaluation.after_steps, evaluation.loss_sum / max(evaluation.count, 1)

@@ -7,7 +7,8 @@ import time
 from typing import Any
 
 from confidantd.errors import UsageError
-from confidantd.jobs.launch import Launched, Launcher
+from confidantd.jobs.job_plans import JobPlans, Launched
+from confidantd.jobs.launch import Launcher
 from confidantd.jobs.options import GenerateOptions, model_folder
 from confidantd.jobs.prompt import TextProcess
 from confidantd.jobs.record import JobLog
@@ -39,9 +40,10 @@ class GenerateJob:
             prompt = await text.encode(options.prompt)
             workload = await asyncio.to_thread(generate_workload, options, len(prompt))
             check_prompt(prompt, workload.spec)
-            launched = await Launcher(
+            plans = JobPlans(
                 self._services, self._log, workload, options.devices, OptimizerSpec(), options.seed
-            ).launch()
+            )
+            launched = await Launcher(plans).launch()
             try:
                 await self._generate(launched, workload, prompt, text)
             finally:

@@ -51,9 +51,15 @@ class Held:
     process: StageProcess | None = None
     next_offer: Offer | None = None
     trained: list[Digest] = field(default_factory=list)  # blobs that others may fetch
+    snapshots: dict[int, list[Digest]] = field(default_factory=dict)  # the same, by steps done
     starting: bool = False
     released: bool = False
     leaving_bytes: int = 0
+
+    @property
+    def blobs(self) -> set[Digest]:
+        """All that it has in the store."""
+        return set(self.trained).union(*self.snapshots.values())
 
     @property
     def memory_bytes(self) -> int:

@@ -10,7 +10,7 @@ from confidantd.errors import ProtocolError
 from confidantd.ids import DeviceId
 from confidantd.models.adapter import adapter_sources, adapter_tensor_names
 from confidantd.models.spec import LoraSpec, Method, ModelSpec
-from confidantd.models.stage_parts import EMBEDDING, HEAD, Part, kept_parts, stage_parts
+from confidantd.models.stage_parts import EMBEDDING, HEAD, Part, kept_parts, ordered, stage_parts
 from confidantd.models.tensors import (
     Source,
     block_sources,
@@ -20,9 +20,8 @@ from confidantd.models.tensors import (
 )
 from confidantd.planner.plan import StagePlan
 from confidantd.planner.replan import continued
-from confidantd.planner.workload import FLOAT_BYTES
 from confidantd.wire.stage import StateEntry
-from confidantd.wire.worker import Export, Exported
+from confidantd.wire.worker import STATE_BYTES, Export, StateBlob
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +80,14 @@ def exports(old: Sequence[StagePlan], new: Sequence[StagePlan], *, tied: bool) -
     return found
 
 
+def whole_stage(
+    model: ModelSpec, method: Method | None, lora: LoraSpec | None, stage: StagePlan
+) -> dict[str, int]:
+    """Name and number of elements of every tensor that a stage trains."""
+    layers = tuple(range(stage.first_layer, stage.past_last_layer))
+    return trained_sizes(model, method, lora, Export(layers, stage.embedding, stage.head))
+
+
 def trained_sizes(
     model: ModelSpec, method: Method | None, lora: LoraSpec | None, command: Export
 ) -> dict[str, int]:
@@ -98,24 +105,23 @@ def trained_sizes(
 
 
 def handed_over(
-    event: Exported, sizes: Mapping[str, int], device: DeviceId
+    blobs: Iterable[StateBlob], sizes: Mapping[str, int], device: DeviceId
 ) -> dict[str, StateEntry]:
-    """What a stage has exported, by tensor name; ProtocolError unless it is just what it was
-    asked for: weights that were forgotten would come from the checkpoint, untrained.
+    """What a stage has written of its state, by tensor name; ProtocolError unless it is just
+    what it was asked for: weights that were forgotten would come from the checkpoint, untrained.
     """
-    found = {tensor.name: tensor for tensor in event.tensors}
-    shapes = {name: tensor.shape for name, tensor in found.items()}
-    if len(found) != len(event.tensors) or shapes != {n: (3, size) for n, size in sizes.items()}:
+    entries: dict[str, StateEntry] = {}
+    written = 0
+    for blob in blobs:
+        if blob.digest is None:
+            raise ProtocolError("a stage has handed over a state that is not stored")
+        offset = 0
+        for tensor in blob.tensors:
+            entries[tensor.name] = StateEntry(
+                tensor.name, tensor.size, blob.bytes, blob.digest, device, offset
+            )
+            offset += STATE_BYTES * tensor.size
+            written += 1
+    if written != len(entries) or {n: e.size for n, e in entries.items()} != sizes:
         raise ProtocolError("a stage has handed over other tensors than it was asked for")
-    entries = {}
-    for name, tensor in found.items():
-        if tensor.digest is None:
-            raise ProtocolError("a stage has handed over a tensor that is not stored")
-        size = sizes[name]
-        entries[name] = StateEntry(name, size, 3 * FLOAT_BYTES * size, tensor.digest, device)
     return entries
-
-
-def ordered(parts: Iterable[Part]) -> list[Part]:
-    """Layers in order, then the ends."""
-    return sorted(parts, key=lambda part: (isinstance(part, str), part))

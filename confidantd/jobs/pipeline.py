@@ -31,6 +31,7 @@ from confidantd.wire.worker import (
     Connected,
     Event,
     Failed,
+    Interrupted,
     StageAddress,
     TrainedTensor,
     event_from,
@@ -41,7 +42,7 @@ START_SECONDS = 3_600.0  # distributing a large stage over slow Wi-Fi; progress 
 COMMAND_SECONDS = 60.0
 CONNECT_SECONDS = 60.0
 STOP_SECONDS = 10.0
-LOST_DEVICE_SECONDS = 4.0  # a silent device is known to be gone after about three
+CAUSE_SECONDS = 0.5  # a link breaks: until then we hear which worker or device is gone
 MAX_WAITING_EVENTS = 10_000
 
 Progress = Callable[[StageProgress], None]
@@ -119,6 +120,9 @@ class Pipeline:
         self.placed = tuple(stages)
         self._ports: dict[int, int] = {}
         self.failed_stage: tuple[int, ConfidantError] | None = None  # the first that failed
+        self.ended_stages: set[int] = set()  # their workers are gone
+        self.lost_devices: set[DeviceId] = set()
+        self.stopped = False
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue(MAX_WAITING_EVENTS)
         self._failure: ConfidantError | None = None
         self._failed = asyncio.Event()
@@ -133,7 +137,13 @@ class Pipeline:
     def put(self, stage: int, event: Event) -> None:
         """Take an event of a stage; a `Failed` ends every wait."""
         if isinstance(event, Failed):
+            self.ended_stages.add(stage)
             self._stage_failed(stage, from_wire(to_map(event)))
+            return
+        if isinstance(event, Interrupted):
+            asyncio.get_running_loop().call_later(
+                CAUSE_SECONDS, self._fail, from_wire(to_map(event))
+            )
             return
         if isinstance(event, Note):
             self.notes.add(stage, event)
@@ -146,7 +156,7 @@ class Pipeline:
     def _stage_failed(self, stage: int, failure: ConfidantError) -> None:
         """A broken link is a symptom: a moment later we know which device is gone."""
         if isinstance(failure, PeerLostError):
-            asyncio.get_running_loop().call_later(LOST_DEVICE_SECONDS, self._fail, failure)
+            asyncio.get_running_loop().call_later(CAUSE_SECONDS, self._fail, failure)
         else:
             self.failed_stage = self.failed_stage or (stage, failure)
             self._fail(failure)
@@ -154,21 +164,31 @@ class Pipeline:
     def device_lost(self, device: DeviceId, name: str) -> None:
         """The device is gone; if it holds a stage, the pipeline has failed."""
         if any(placed.device == device for placed in self.placed):
+            self.lost_devices.add(device)
             self._fail(
                 PeerLostError(
                     f"{name} left while it held a stage of the job",
-                    "start again when it is back, or without it (--devices)",
+                    "see `confidant peers`",
                 )
             )
+
+    async def start(self) -> None:
+        """Load all stages and connect them; raises what failed first."""
+        self._router.add(self)
+        await self._start_those(set(range(len(self))))
+        await self._connect()
 
     async def start_new(self) -> None:
         """Load the stages that do not go on from a running one; raises what failed first."""
         self._router.add(self)
-        await self._start_those(goes_on=False)
+        await self._start_those({i for i, placed in enumerate(self.placed) if not placed.goes_on})
 
     async def start_rest(self) -> None:
         """Load the others, then connect all."""
-        await self._start_those(goes_on=True)
+        await self._start_those({i for i, placed in enumerate(self.placed) if placed.goes_on})
+        await self._connect()
+
+    async def _connect(self) -> None:
         addresses = tuple(
             StageAddress(index, placed.device, placed.host, self._ports[index])
             for index, placed in enumerate(self.placed)
@@ -238,16 +258,22 @@ class Pipeline:
         """Whether it cannot go on."""
         return self._failure is not None
 
+    @property
+    def failure(self) -> ConfidantError | None:
+        """Why it cannot go on."""
+        return self._failure
+
     async def stop(self) -> None:
         """End every stage that can still be reached and has not gone on to a later epoch."""
+        self.stopped = True
         self._router.remove(self)
-        await stop_stages(self._peers, {placed.device for placed in self.placed}, *self.key)
+        devices = {placed.device for placed in self.placed} - self.lost_devices
+        await stop_stages(self._peers, devices, *self.key)
 
-    async def _start_those(self, *, goes_on: bool) -> None:
+    async def _start_those(self, stages: set[int]) -> None:
         async with asyncio.TaskGroup() as group:
-            for index, placed in enumerate(self.placed):
-                if placed.goes_on == goes_on:
-                    group.create_task(self._start_stage(index), name=f"start-{placed.host}")
+            for index in stages:
+                group.create_task(self._start_stage(index), name=f"start-{index}")
 
     async def _start_stage(self, stage: int) -> None:
         placed = self.placed[stage]

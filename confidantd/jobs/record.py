@@ -36,6 +36,7 @@ class JobRecord:
     devices: list[str] = field(default_factory=list)
     output: str | None = None
     message: str | None = None
+    committed: int = 0  # steps that are on the owner's disk
 
     def to_json(self) -> dict[str, Any]:
         """The keys of the contract, and those we add."""
@@ -60,6 +61,14 @@ class JobLog:
         self._saved = False  # with its last event
         self._followers = 0
         self._changed = asyncio.Event()
+
+    async def reopen(self) -> None:
+        """Go on with an ended job: its events come back, and more follow."""
+        if self._on_disk:
+            self._events = await asyncio.to_thread(self._read)
+            self._numbers = list(range(len(self._events)))
+            self._next = len(self._events)
+        self._closed = self._on_disk = self._saved = False
 
     @classmethod
     def ended(cls, record: JobRecord, folder: Path) -> JobLog:

@@ -18,8 +18,10 @@ from confidantd.errors import (
     JobNotFoundError,
     PeerLostError,
     StorageError,
+    UsageError,
 )
 from confidantd.ids import JobId, new_job_id
+from confidantd.jobs.checkpoints import FOLDER as CHECKPOINTS
 from confidantd.jobs.generate import GenerateJob
 from confidantd.jobs.options import (
     GenerateOptions,
@@ -28,12 +30,13 @@ from confidantd.jobs.options import (
     model_folder,
     options_from,
 )
-from confidantd.jobs.record import FINAL_STATES, JobLog, JobRecord
+from confidantd.jobs.record import FINAL_STATES, JobLog, JobRecord, State
 from confidantd.jobs.services import JobServices, ask_coordinator, failure_event
 from confidantd.jobs.setup import planned_workload
 from confidantd.jobs.timeline import timeline
 from confidantd.jobs.train import TrainJob, check_training
 from confidantd.jobs.what_if import plan_for
+from confidantd.store.files import storage_error, write_atomically
 from confidantd.tasks import TaskSet
 
 _log = logging.getLogger(__name__)
@@ -41,6 +44,7 @@ _log = logging.getLogger(__name__)
 FIRST_EPOCH = 1
 MAX_REMEMBERED_JOBS = 200  # the oldest ended ones are forgotten, on disk too
 PLAN_ONLY = JobId("plan")
+REQUEST_NAME = "request.json"
 
 
 class Jobs:
@@ -53,14 +57,20 @@ class Jobs:
         self._logs: dict[JobId, JobLog] = {}
         self._running: dict[JobId, asyncio.Task[None]] = {}
         self._tasks = TaskSet("jobs")
+        self._closing = False
 
     async def load(self) -> None:
-        """Remember jobs of earlier runs; those that were running have failed."""
+        """Remember jobs of earlier runs; training that was running goes on, the rest has failed."""
         for log in await asyncio.to_thread(_read_logs, self._folder):
             self._logs[log.record.id] = log
-            if log.record.state not in FINAL_STATES:
+            if log.record.state in FINAL_STATES:
+                continue
+            try:
+                await self._resume(log)
+            except ConfidantError as failure:
+                _log.warning("job %s is not resumed: %s", log.record.id, failure)
                 log.record.state = "failed"
-                log.record.message = "the daemon ended while the job ran"
+                log.record.message = f"the daemon ended while the job ran ({failure})"
                 await log.save()
 
     def list(self) -> list[dict[str, Any]]:
@@ -99,8 +109,31 @@ class Jobs:
         await asyncio.to_thread(check_training, options)
         log = self._new("train", options.model)
         log.record.output = options.output
+        await asyncio.to_thread(_keep_request, log.folder, request)
         self._start(log, TrainJob(options, log, self._services).run)
         return log
+
+    async def resume(self, job: str) -> JobLog:
+        """Go on with a job that has failed, from its last checkpoint."""
+        log = self.get(job)
+        if log.record.id in self._running:
+            raise UsageError(f"the job {job[:40]} is running", f"`confidant jobs watch {job[:40]}`")
+        if log.record.state == "done":
+            raise UsageError(f"the job {job[:40]} is done")
+        await self._resume(log)
+        return log
+
+    async def _resume(self, log: JobLog) -> None:
+        """ConfidantError if that cannot be; then the log is as it was."""
+        if log.record.kind != "train":
+            raise UsageError("only training is resumed", "start it again")
+        request = await asyncio.to_thread(_kept_request, log.folder)
+        options = options_from(TrainOptions, request)
+        await asyncio.to_thread(check_training, options)
+        await log.reopen()
+        log.record.state, log.record.message = "recovering", None
+        await log.save()
+        self._start(log, TrainJob(options, log, self._services, resumed=True).run)
 
     async def generate(self, request: Mapping[str, Any]) -> JobLog:
         """Start generating; what can be refused at once is raised here."""
@@ -119,7 +152,8 @@ class Jobs:
             task.cancel()
 
     async def close(self) -> None:
-        """Cancel what runs and wait until its stages are released."""
+        """End what runs and wait until its stages are released; training goes on next time."""
+        self._closing = True
         await self._tasks.close()
 
     def _new(self, kind: Literal["train", "generate"], model: str) -> JobLog:
@@ -140,8 +174,9 @@ class Jobs:
             await run()
             log.record.state = "done"
         except asyncio.CancelledError:
-            failure = CancelledJobError("the job was cancelled")
-            log.record.state = "cancelled"
+            if not (self._closing and log.record.kind == "train"):
+                failure = CancelledJobError("the job was cancelled")
+                log.record.state = "cancelled"
             raise
         except BaseExceptionGroup as group:
             failure = _first_cause(group)
@@ -163,13 +198,13 @@ class Jobs:
                 log.record.state = "failed"
             log.record.message = str(failure)
             log.emit(failure_event(failure))
-        elif log.record.state not in FINAL_STATES:
+        elif log.record.state not in FINAL_STATES and not self._closing:
             log.record.state = "failed"
             log.emit(failure_event(ConfidantError("an internal error ended the job")))
         self._running.pop(log.record.id, None)
         log.close()
         try:
-            await asyncio.to_thread(_remove_data, log.folder)
+            await asyncio.to_thread(_remove_data, log.folder, log.record.state)
             await log.save()
         except (OSError, StorageError) as caught:
             _log.warning("job %s: its record was not saved (%s)", log.record.id, caught)
@@ -205,7 +240,30 @@ def _read_logs(folder: Path) -> list[JobLog]:
     return logs
 
 
-def _remove_data(folder: Path) -> None:
-    """Tokens of private text do not outlive their job."""
-    for name in ("train", "eval"):
+def _remove_data(folder: Path, state: State) -> None:
+    """Tokens of private text do not outlive their job; where it failed it may be resumed."""
+    if state not in FINAL_STATES:
+        return
+    for name in ("train", "eval") if state == "failed" else ("train", "eval", CHECKPOINTS):
         shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _keep_request(folder: Path, request: Mapping[str, Any]) -> None:
+    """For another run of the daemon."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as failure:
+        raise storage_error(folder, failure) from None
+    write_atomically(folder / REQUEST_NAME, json.dumps(dict(request)).encode())
+
+
+def _kept_request(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / REQUEST_NAME).read_text())
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise StorageError(
+            f"what the job was asked for is not in {folder / REQUEST_NAME}", "start it again"
+        )
+    return found

@@ -8,9 +8,9 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from confidantd.errors import CancelledJobError, ProtocolError
+from confidantd.errors import CancelledJobError, ProtocolError, StorageError
 from confidantd.ids import DeviceId, Digest, JobId, is_job_id
 from confidantd.jobs.authority import Right
 from confidantd.jobs.grants import Grants, Held, Place
@@ -45,13 +45,19 @@ from confidantd.wire.worker import (
     Export,
     Exported,
     Load,
+    Snapshot,
+    Snapshotted,
     StageAddress,
+    StateBlob,
     StepDone,
+    TrainedTensor,
     command_from,
     message_map,
 )
 
 _log = logging.getLogger(__name__)
+
+_Written = TypeVar("_Written", TrainedTensor, StateBlob)
 
 TURNS = "turns"  # the file that the stages of one job on this device lock
 
@@ -184,15 +190,21 @@ class StageHost:
             _check_wanted(held)
             hear = _Hearer(self._peers, self._store, self._speeds, held).hear
             held.process = await StageProcess.start(log, hear)
-            self._tasks.start(held.process.run(), f"events-{assignment.job}")
+            self._tasks.start(self._attend(held, held.process), f"events-{assignment.job}")
         resources = await self._resources()
         _check_wanted(held)  # else the release that came meanwhile ends the process
         limit = enforced_bytes(assignment.memory_bytes, resources.available_bytes)
         return await held.process.load(self._load(assignment, blobs, limit))
 
+    async def _attend(self, held: Held, process: StageProcess) -> None:
+        """Hear the worker to its end; what it held is free then."""
+        await process.run()
+        if not held.released:
+            await self._release(held)
+
     async def _forget_state(self, assignment: StageAssignment) -> None:
         """What was taken over from others is in memory now; here it would outlive the job."""
-        own = {digest for held in self._grants for digest in held.trained}
+        own = {digest for held in self._grants for digest in held.blobs}
         for digest in {entry.digest for entry in assignment.state} - own:
             await asyncio.to_thread(self._store.remove, digest)
 
@@ -233,7 +245,9 @@ class StageHost:
             return Connect(tuple(self._seen_from_here(a) for a in command.stages))
         if isinstance(command, Export):  # others have taken what was exported before
             await self._forget_trained(held)
-        if isinstance(command, Collect | Export):
+        if isinstance(command, Snapshot):
+            await self._forget_snapshots(held, command.keep)
+        if isinstance(command, Collect | Export | Snapshot):
             folder = self._trained_folder(held)
             await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
             return replace(command, folder=str(folder))
@@ -264,6 +278,7 @@ class StageHost:
             if held.process.assignment is not None:
                 await asyncio.to_thread(self._speeds.save, held.process.assignment)
         await self._forget_trained(held)
+        await self._forget_snapshots(held, ())
         self._grants_changed()
         job = held.offer.job
         last = job not in self.jobs()
@@ -273,6 +288,14 @@ class StageHost:
         for digest in held.trained:
             await asyncio.to_thread(self._store.remove, digest)
         held.trained.clear()
+
+    async def _forget_snapshots(self, held: Held, keep: tuple[int, ...]) -> None:
+        """All but those; what two have in common stays with the one that stays."""
+        going = {steps: found for steps, found in held.snapshots.items() if steps not in keep}
+        for steps in going:
+            del held.snapshots[steps]
+        for digest in set().union(*going.values()) - held.blobs:
+            await asyncio.to_thread(self._store.remove, digest)
 
     def _forget_expired(self) -> None:
         self._grants.forget_expired(asyncio.get_running_loop().time())
@@ -295,8 +318,12 @@ class _Hearer:
         told: Event = event
         if isinstance(event, StepDone):
             self._observe(place, event)
-        if isinstance(event, Collected | Exported):
-            told = await self._stored(event)
+        if isinstance(event, Collected):
+            stored = [await self._stored(tensor) for tensor in event.tensors]
+            told = replace(event, tensors=tuple(stored))
+            self._held.trained += [t.digest for t in stored if t.digest is not None]
+        if isinstance(event, Exported | Snapshotted):
+            told = await self._with_stored(event)
         message = StageEvent(place.job, place.epoch, place.stage, message_map(told))
         await self._peers.notify(self._held.offer.owner, "stage.event", to_map(message))
 
@@ -307,14 +334,25 @@ class _Hearer:
         if self._steps[1] > 1:
             self._speeds.observe(place, step)
 
-    async def _stored(self, found: Collected | Exported) -> Event:
-        """Trained tensors become blobs, for others to fetch until the stage is released."""
-        tensors = []
-        for tensor in found.tensors:
-            digest = await asyncio.to_thread(self._store.put_file, Path(tensor.path))
-            self._held.trained.append(digest)
-            tensors.append(replace(tensor, path="", digest=digest))
-        return replace(found, tensors=tuple(tensors))
+    async def _with_stored(self, event: Exported | Snapshotted) -> Event:
+        """A snapshot that finds no room on the disk is none; the stage goes on."""
+        try:
+            blobs = [await self._stored(blob) for blob in event.blobs]
+        except StorageError as failure:
+            if isinstance(event, Exported):
+                raise
+            return Snapshotted(event.steps, (), str(failure))
+        digests = [blob.digest for blob in blobs if blob.digest is not None]
+        if isinstance(event, Exported):
+            self._held.trained += digests
+        else:
+            self._held.snapshots[event.steps] = digests
+        return replace(event, blobs=tuple(blobs))
+
+    async def _stored(self, found: _Written) -> _Written:
+        """A file becomes a blob, for others to fetch until the stage is released."""
+        digest = await asyncio.to_thread(self._store.put_file, Path(found.path))
+        return replace(found, path="", digest=digest)
 
 
 def _remove(trained: Path, job: Path, last: bool) -> None:

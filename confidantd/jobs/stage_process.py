@@ -25,6 +25,7 @@ class StageProcess:
         self._process = process
         self._hear = hear
         self._assignment: StageAssignment | None = None
+        self._loading: StageAssignment | None = None
         self._started: dict[type[Event], asyncio.Future[Event]] = {}
         self._limit: asyncio.Timeout | None = None
 
@@ -42,7 +43,7 @@ class StageProcess:
         """Load a stage, the first one or another one; raises what the worker says."""
         loop = asyncio.get_running_loop()
         self._started = {kind: loop.create_future() for kind in (Listening, Loaded)}
-        self._assignment = load.assignment
+        self._loading = load.assignment
         await self._process.send(load)
         try:
             async with asyncio.timeout(LOAD_SECONDS) as self._limit:
@@ -71,12 +72,15 @@ class StageProcess:
         async for event in self._process.events():
             if isinstance(event, Measuring):
                 self._go_on()
+            if isinstance(event, Listening):  # what came before is of the epoch before
+                self._assignment = self._loading
             waiter = self._started.get(type(event))
             if waiter is not None and not waiter.done():
                 waiter.set_result(event)
             elif not (isinstance(event, Failed) and self._fail_load(event)):
-                assert self._assignment is not None
-                await self._hear(self._assignment, event)
+                place = self._assignment or self._loading
+                assert place is not None
+                await self._hear(place, event)
 
     async def stop(self) -> None:
         """End the process."""

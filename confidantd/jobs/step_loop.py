@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from confidantd.errors import ConfidantError
 from confidantd.jobs.course import Course
 from confidantd.jobs.feeder import Feeder
-from confidantd.jobs.launch import Launched, Launcher
+from confidantd.jobs.job_plans import JobPlans, Launched
+from confidantd.jobs.move import move
 from confidantd.jobs.options import TrainOptions
 from confidantd.jobs.record import JobLog
+from confidantd.jobs.recovery import Recovery
+from confidantd.jobs.replication import Replication
 from confidantd.jobs.step_progress import StepProgress
 from confidantd.jobs.training_data import TokenBlocks
 from confidantd.planner.plan import StagePlan
 from confidantd.planner.replan import LEAST_LEFT_SECONDS, LINKS, Watch, with_links
 from confidantd.planner.simulate import StageCost, holders_of
-from confidantd.wire.worker import Evaluated, StepDone
+from confidantd.wire.worker import Evaluated, Snapshotted, StepDone
 
 STEPS_AHEAD = 2  # batches that wait at the stages, so that none waits for the owner
 
@@ -24,20 +28,22 @@ class StepLoop:
 
     def __init__(
         self,
-        launcher: Launcher,
+        plans: JobPlans,
         launched: Launched,
         log: JobLog,
         course: Course,
         blocks: TokenBlocks,
         eval_folder: Path,
         options: TrainOptions,
+        replication: Replication,
+        recovery: Recovery,
     ) -> None:
-        self._launcher = launcher
+        self._plans, self._replication, self._recovery = plans, replication, recovery
         self._log = log
         self._course = course
         self.launched = launched
-        self._feeder = Feeder(launched, course, blocks, eval_folder, options)
-        self.progress = StepProgress(launched, course, log)
+        self._feeder = Feeder(launched, course, blocks, eval_folder, options, replication)
+        self.progress = StepProgress(launched, course, log, lambda: replication.last)
         self._watch = _watch(launched)
         self._steps_seen = 0  # of this plan
         self._step_seconds = 0.0
@@ -51,6 +57,27 @@ class StepLoop:
                 await self._reconsider()
             await self._feeder.feed_until(self.progress.done + STEPS_AHEAD)
 
+    async def begin(self) -> None:
+        """At the step of the checkpoint, if there is one."""
+        await self._replication.adopt(self.launched)
+        self._go_back()
+
+    async def recover(self, failure: ConfidantError) -> None:
+        """Go on after a failure, from the last committed step; raises it if that cannot be."""
+        failure = await self._recovery.cause(self.launched, failure)
+        await self._replication.close()
+        found = await self._recovery.recover(
+            self.launched, failure, self.progress.done, self._replication.committed
+        )
+        await self._adopt(found)
+        self._go_back()
+
+    def _go_back(self) -> None:
+        committed = self._replication.committed
+        steps = 0 if committed is None else committed.steps
+        self._feeder.go_back(steps)
+        self.progress.go_back(steps)
+
     @property
     def _drained(self) -> bool:
         """Whether the stages have done all they were given."""
@@ -63,6 +90,8 @@ class StepLoop:
             answers = self.progress.step_done(stage, event)
             if answers is not None:
                 self._compare(answers)
+        elif isinstance(event, Snapshotted):
+            self._replication.heard(stage, event)
         elif isinstance(event, Evaluated):
             loss = self._feeder.evaluated(event)
             if loss is not None:
@@ -91,12 +120,12 @@ class StepLoop:
         worth_a_look = left * self._step_seconds > LEAST_LEFT_SECONDS
         if worth_a_look and self._watch.farthest == LINKS:
             await self._drain()
-            await self._launcher.measure_links(self.launched)
-        if worth_a_look and await self._launcher.better_plan(self.launched, left):
+            await self._plans.measure_links(self.launched)
+        if worth_a_look and await self._plans.better_plan(self.launched, left):
             await self._drain()
-            moved = await self._launcher.move(self.launched, self.progress.done, self._reason())
+            moved = await move(self._plans, self.launched, self.progress.done, self._reason())
+            await self._adopt(moved or self.launched)
             if moved is not None:
-                self._adopt(moved)
                 return
         self._watch = self._watch.stays()
 
@@ -104,7 +133,10 @@ class StepLoop:
         while not self._drained:
             await self._hear()
 
-    def _adopt(self, launched: Launched) -> None:
+    async def _adopt(self, launched: Launched) -> None:
+        await self._replication.adopt(launched)
+        if launched is self.launched:
+            return
         self.launched, self._watch, self._steps_seen = launched, _watch(launched), 0
         self._feeder.adopt(launched)
         self.progress.adopt(launched)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from confidantd.jobs.course import Course
-from confidantd.jobs.launch import Launched
+from confidantd.jobs.job_plans import Launched
 from confidantd.jobs.record import JobLog
 from confidantd.wire.worker import StepDone
 
@@ -24,6 +24,7 @@ class StepProgress:
     launched: Launched
     course: Course
     log: JobLog
+    kept: Callable[[], dict[str, Any] | None]  # the newest checkpoint
     done: int = 0
     last_loss: float | None = None
     _answers: dict[int, dict[int, StepDone]] = field(default_factory=dict)
@@ -41,6 +42,11 @@ class StepProgress:
             found.clear()
         self._seconds.clear()
         self._times.clear()
+
+    def go_back(self, steps: int) -> None:
+        """Later steps are done again."""
+        self.done = steps
+        self._answers.clear()
 
     def step_done(self, stage: int, event: StepDone) -> dict[int, StepDone] | None:
         """Take one stage's report; with the last of them emits the `step` event and gives all."""
@@ -107,6 +113,7 @@ class StepProgress:
                 "seconds_left": round(seconds * (self.course.steps - self.done), 1),
                 "epoch": self.log.record.epoch,
                 "stages": self._stage_shares(answers),
+                "checkpoint": self.kept(),
             }
         )
 

@@ -7,11 +7,15 @@ import json
 from pathlib import Path
 
 from confidantd.errors import ConfidantError, DataError, WorkerError
+from confidantd.jobs.checkpoints import Checkpoint, Checkpoints
 from confidantd.jobs.course import Course, make_course
-from confidantd.jobs.launch import Launched, Launcher
+from confidantd.jobs.job_plans import JobPlans, Launched
+from confidantd.jobs.launch import Launcher
 from confidantd.jobs.options import TrainOptions, check_files, check_output
 from confidantd.jobs.output import write_adapter, write_checkpoint
 from confidantd.jobs.record import JobLog
+from confidantd.jobs.recovery import Recovery
+from confidantd.jobs.replication import Replication
 from confidantd.jobs.services import JobServices, emit_progress
 from confidantd.jobs.setup import Workload, train_workload
 from confidantd.jobs.step_loop import StepLoop
@@ -29,10 +33,13 @@ from confidantd.wire.worker import (
 class TrainJob:
     """One `confidant train`; may only be run once."""
 
-    def __init__(self, options: TrainOptions, log: JobLog, services: JobServices) -> None:
-        self._options = options
+    def __init__(
+        self, options: TrainOptions, log: JobLog, services: JobServices, *, resumed: bool = False
+    ) -> None:
+        self._options, self._resumed = options, resumed
         self._log = log
         self._services = services
+        self._checkpoints = Checkpoints(log.folder, services.store, services.self_id)
 
     async def run(self) -> None:
         """Train and write the output; emits every event but `failed`."""
@@ -45,37 +52,61 @@ class TrainJob:
             course = make_course(options, blocks.count, blocks.sequence_length)
             self._log.record.steps = course.steps
             optimizer = OptimizerSpec(weight_decay=options.weight_decay)
-            launcher = Launcher(
+            plans = JobPlans(
                 self._services, self._log, workload, options.devices, optimizer, options.seed
             )
-            while not await self._attempt(launcher, workload, course, blocks):
-                pass
+            await self._train(plans, course, blocks)
+        await asyncio.to_thread(self._checkpoints.remove)
 
-    async def _attempt(
-        self, launcher: Launcher, workload: Workload, course: Course, blocks: TokenBlocks
-    ) -> bool:
-        """Train and write the output; False if that has to begin again without some device.
-
-        It only can before the first step is done: nothing is lost then.
-        """
-        launched = await launcher.launch()
-        eval_folder = self._log.folder / "eval"
-        loop = StepLoop(launcher, launched, self._log, course, blocks, eval_folder, self._options)
+    async def _train(self, plans: JobPlans, course: Course, blocks: TokenBlocks) -> None:
+        """All steps, over as many plans as it takes, and the output."""
+        log, options, workload = self._log, self._options, plans.workload
+        committed = await asyncio.to_thread(self._checkpoints.newest)
+        facts = {"job": log.record.id, "data": await asyncio.to_thread(blocks.digest)}
+        if committed is not None:
+            await asyncio.to_thread(self._check_same_text, committed, facts["data"])
+        replication = Replication(
+            self._services, log, workload, self._checkpoints, facts, committed
+        )
+        recovery = Recovery(plans)
+        if self._resumed:
+            launched = await recovery.resume(committed)
+        else:
+            launched = await Launcher(plans).launch()
+        plans.make_do = True
+        loop = StepLoop(
+            plans,
+            launched,
+            log,
+            course,
+            blocks,
+            log.folder / "eval",
+            options,
+            replication,
+            recovery,
+        )
         try:
-            self._log.record.state = "running"
-            await loop.run()
-            await self._finish(loop.launched, workload, loop.progress)
-        except ConfidantError:
-            launched = loop.launched
-            if loop.progress.done or not launcher.goes_on_without(launched.pipeline, launched.plan):
-                raise
-            return False
+            log.record.state = "running"
+            await loop.begin()
+            while True:
+                try:
+                    await loop.run()
+                    await self._finish(loop.launched, workload, loop.progress)
+                    return
+                except ConfidantError as failure:
+                    await loop.recover(failure)
         finally:
+            await asyncio.shield(replication.close())
             await asyncio.shield(loop.launched.pipeline.stop())
-        return True
+
+    def _check_same_text(self, checkpoint: Checkpoint, digest: str) -> None:
+        if self._checkpoints.facts(checkpoint).get("data") != digest:
+            raise DataError("the text has changed since the job began", "start a new job with it")
 
     async def _prepare(self, folder: Path, files: tuple[str, ...], workload: Workload) -> None:
         """Tokenise and pack the files in a subprocess (the tokenizer stays out of the daemon)."""
+        if self._resumed and await asyncio.to_thread((folder / "dataset.json").is_file):
+            return  # of the run before: the text itself may be gone
         emit_progress(self._log, "prepare", 0, len(files))
         await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
         request = {

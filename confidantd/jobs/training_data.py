@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
 from pathlib import Path
@@ -28,6 +29,10 @@ class TokenBlocks:
 
     def __exit__(self, *_: object) -> None:
         self._tokens.close()
+
+    def digest(self) -> str:
+        """SHA-256 of all tokens."""
+        return hashlib.sha256(self._tokens).hexdigest()
 
     def batch(self, blocks: list[int]) -> bytes:
         """The blocks one after the other: int32 [len(blocks), S]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final, Literal
 
 EMBEDDING: Final = "embedding"
@@ -29,3 +30,8 @@ def kept_parts(old: frozenset[Part], new: frozenset[Part], *, tied: bool) -> fro
     if tied and old & ends != new & ends:
         return both - ends
     return both
+
+
+def ordered(parts: Iterable[Part]) -> list[Part]:
+    """Layers in order, then the ends."""
+    return sorted(parts, key=lambda part: (isinstance(part, str), part))

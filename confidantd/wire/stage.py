@@ -81,7 +81,7 @@ def parts_of(spec: StageSpec) -> frozenset[Part]:
 @dataclass(frozen=True, slots=True)
 class StateEntry:
     """A trained tensor by its name, with both its moments: [3, size] float32 in the program's
-    layout, a blob that `source` serves.
+    layout, at `offset` in a blob of so many `bytes` that `source` serves.
     """
 
     name: str
@@ -89,6 +89,7 @@ class StateEntry:
     bytes: int
     digest: Digest
     source: DeviceId
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,7 @@ class StageAssignment:
     (and `adapter_tensors` the adapter's) that this stage needs. All are blobs that
     `source` (the owner) serves. `cpu_only`: the plan has no memory for further backends.
     In an epoch that begins after `steps_done` steps, `state` is what this device has to
-    take over from others; what it had before it keeps.
+    take over from others, or to go back to; what it had besides it keeps.
     """
 
     job: JobId

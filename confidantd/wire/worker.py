@@ -19,6 +19,7 @@ from confidantd.wire.stage import BackendShare, StageAssignment
 
 _M = TypeVar("_M")
 LENGTH = struct.Struct(">I")
+STATE_BYTES = 3 * 4  # of a trained number: itself and two moments
 MAX_PIPE_BYTES = 64 * 1024 * 1024  # the token ids of one step, far below this
 
 
@@ -133,6 +134,17 @@ class Export:
 
 
 @dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Write all that is trained here, with its moments, after `steps` steps: the job can go on
+    from there when a device is lost. Of earlier ones those of `keep` stay.
+    """
+
+    steps: int
+    keep: tuple[int, ...] = ()
+    folder: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """End the worker."""
 
@@ -235,10 +247,54 @@ class Collected:
 
 
 @dataclass(frozen=True, slots=True)
-class Exported:
-    """Answer to `Export`; each tensor is [3, size]: the weight and its two moments."""
+class StateTensor:
+    """A trained tensor in a `StateBlob`: [3, size], the weight and its two moments."""
 
-    tensors: tuple[TrainedTensor, ...]
+    name: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class StateBlob:
+    """Trained tensors one after the other, float32 in the programs' layout, in the file `path`;
+    `digest` once it is stored.
+    """
+
+    tensors: tuple[StateTensor, ...]
+    path: str
+    digest: Digest | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Of the file."""
+        return sum(STATE_BYTES * tensor.size for tensor in self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """Answer to `Export`."""
+
+    blobs: tuple[StateBlob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshotted:
+    """Answer to `Snapshot`; `problem` says why there is none."""
+
+    steps: int
+    blobs: tuple[StateBlob, ...]
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Interrupted:
+    """A link to another stage is gone: what was computed of this step is dropped, and the stage
+    waits for its place in the job's next epoch. Fields as in `ConfidantError.to_wire`.
+    """
+
+    code: str
+    message: str
+    hint: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +330,7 @@ class Failed:
     hint: str
 
 
-Command = Load | Connect | TrainStep | Evaluate | Decode | Collect | Export | Stop
+Command = Load | Connect | TrainStep | Evaluate | Decode | Collect | Export | Snapshot | Stop
 Event = (
     Listening
     | Loaded
@@ -284,6 +340,8 @@ Event = (
     | Token
     | Collected
     | Exported
+    | Snapshotted
+    | Interrupted
     | SplitChosen
     | Measuring
     | Notice

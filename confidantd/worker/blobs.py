@@ -42,7 +42,7 @@ def state_reader(
         if entry is None:
             return None
         blob = blobs[entry.digest]
-        return tensor_from_file(Path(blob.path), blob.offset, "F32", (3, entry.size))
+        return tensor_from_file(Path(blob.path), blob.offset + entry.offset, "F32", (3, entry.size))
 
     return read
 

@@ -7,6 +7,7 @@ The lower stage dials the higher one. Frames are sorted into an inbox by
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import ssl
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ from confidantd.worker.credits import CONTROLLED, Credits, window
 from confidantd.worker.inbox import Inbox
 
 CONNECT_SECONDS = 20.0  # a weak phone needs seconds to load its stage before it dials
+CLOSE_SECONDS = 0.3  # for the good-bye of a WebSocket
 KEEP_ALIVE_SECONDS = 5.0  # ping; two missed pings end the link
 FRAME_OVERHEAD_BYTES = 8_192
 MAX_WAITING = 8  # connections of no stage yet: a stage has two neighbours, or three
@@ -59,8 +61,10 @@ class Link:
                 raise ProtocolError(f"stage {self.stage} sent text on a tensor link")
 
     async def close(self) -> None:
-        """Close the WebSocket."""
-        await self._socket.close()
+        """Close the WebSocket; who does not answer is not waited for."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self._socket.close()
 
 
 class Links:
@@ -148,11 +152,16 @@ class Links:
             credit = Frame(self._job, self._epoch, FrameKind.CREDIT, self._stage, 0, 0)
             await link.send(encode_frame(credit))
 
+    def fail(self, cause: ConfidantError) -> None:
+        """End every wait, now and later."""
+        for link in self._links.values():
+            link.credits.fail(cause)
+        self.inbox.fail(cause)
+
     async def close(self) -> None:
         """Close every link, the listener and their tasks."""
         self._closing = True
-        for link in list(self._links.values()):
-            await link.close()
+        await asyncio.gather(*(link.close() for link in list(self._links.values())))
         await self._tasks.close()
         if self._session is not None:
             await self._session.close()

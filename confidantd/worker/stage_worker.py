@@ -8,7 +8,13 @@ from typing import assert_never
 
 from confidantd.engine.decode_stage import DecodeStage
 from confidantd.engine.train_stage import TrainStage
-from confidantd.errors import ConfidantError, ProtocolError
+from confidantd.errors import (
+    ConfidantError,
+    PeerLostError,
+    ProtocolError,
+    StaleEpochError,
+    StorageError,
+)
 from confidantd.tasks import TaskSet, plain_errors
 from confidantd.wire.stage import StageAssignment
 from confidantd.wire.worker import (
@@ -20,9 +26,12 @@ from confidantd.wire.worker import (
     Evaluate,
     Export,
     Failed,
+    Interrupted,
     Listening,
     Load,
     Loaded,
+    Snapshot,
+    Snapshotted,
     Stop,
     TrainStep,
 )
@@ -38,7 +47,7 @@ from confidantd.worker.memory import (
     memory_bytes,
     too_large,
 )
-from confidantd.worker.results import write_states, write_trained
+from confidantd.worker.results import write_snapshot, write_states, write_trained
 from confidantd.worker.stages import (
     become,
     make_decode_stage,
@@ -60,6 +69,7 @@ class StageWorker:
         self._commands: asyncio.Queue[Command] = asyncio.Queue(MAX_WAITING_COMMANDS)
         self._watch = MemoryWatch(0, self._used_too_much)
         self._place: StageAssignment | None = None
+        self._exchange: Exchange | None = None
 
     async def run(self) -> int:
         """Obey commands until `Stop` or until the daemon is gone; gives the exit status."""
@@ -88,8 +98,13 @@ class StageWorker:
         os._exit(1)
 
     async def _read_commands(self) -> None:
-        """Queue commands until the daemon is gone, which ends the worker at once."""
+        """Queue commands until the daemon is gone, which ends the worker at once.
+
+        A new place ends the step that is under way: it waits for stages that have gone.
+        """
         while (command := await self._pipe.receive()) is not None:
+            if isinstance(command, Load) and self._exchange is not None:
+                self._exchange.links.fail(StaleEpochError("the job is in another epoch now"))
             await self._commands.put(command)
 
     async def _load_and_serve(self) -> None:
@@ -98,7 +113,7 @@ class StageWorker:
             raise ProtocolError("the first command of a worker must be Load")
         self._place, self._watch.limit_bytes = load.assignment, load.memory_limit_bytes
         self._watch.start()
-        exchange = Exchange(make_links(load), load.turns_file)
+        exchange = self._exchange = Exchange(make_links(load), load.turns_file)
         try:
             self._pipe.send(Listening(await exchange.links.listen(load.hosts)))
             await self._serve(load, exchange)
@@ -124,28 +139,52 @@ class StageWorker:
     async def _train(self, place: StageAssignment, stage: TrainStage, exchange: Exchange) -> None:
         self._pipe.send(Loaded(dict(stage.resident_bytes())))
         trainer = Trainer(place, stage, exchange)
+        interrupted = False
         while not isinstance(command := await self._commands.get(), Stop):
-            match command:
-                case Load():
-                    await self._become(command, stage, exchange)
-                    place = command.assignment
-                    trainer = Trainer(place, stage, exchange)
-                case Connect():
-                    await self._connect(command, place, exchange.links)
-                case TrainStep():
-                    self._pipe.send(await trainer.step(command))
-                case Evaluate():
-                    evaluated = await trainer.evaluate(command)
-                    if evaluated is not None:
-                        self._pipe.send(evaluated)
-                case Collect():
-                    self._pipe.send(await exchange.compute(write_trained, stage, command.folder))
-                case Export():
-                    self._pipe.send(await exchange.compute(write_states, stage, command))
-                case Decode():
-                    raise ProtocolError("a training stage cannot decode")
-                case _:
-                    assert_never(command)
+            if isinstance(command, Load):
+                await self._become(command, stage, exchange)
+                trainer = Trainer(command.assignment, stage, exchange)
+                interrupted = False
+            elif not interrupted:  # the others are of an epoch that is over
+                try:
+                    await self._obey(command, trainer, stage, exchange)
+                except (PeerLostError, StaleEpochError) as failure:
+                    interrupted = True
+                    await exchange.links.close()  # so that the other stages know, too
+                    await exchange.compute(stage.abandon)
+                    self._pipe.send(Interrupted(**failure.to_wire()))
+
+    async def _obey(
+        self, command: Command, trainer: Trainer, stage: TrainStage, exchange: Exchange
+    ) -> None:
+        match command:
+            case Connect():
+                await self._connect(command, trainer.place, exchange.links)
+            case TrainStep():
+                self._pipe.send(await trainer.step(command))
+            case Evaluate():
+                evaluated = await trainer.evaluate(command)
+                if evaluated is not None:
+                    self._pipe.send(evaluated)
+            case Collect():
+                self._pipe.send(await exchange.compute(write_trained, stage, command.folder))
+            case Export():
+                self._pipe.send(await exchange.compute(write_states, stage, command))
+            case Snapshot():
+                self._pipe.send(await self._snapshot(command, stage, exchange))
+            case Load() | Decode() | Stop():
+                raise ProtocolError(f"a training stage cannot do {type(command).__name__} now")
+            case _:
+                assert_never(command)
+
+    async def _snapshot(
+        self, command: Snapshot, stage: TrainStage, exchange: Exchange
+    ) -> Snapshotted:
+        """Without room for it on the disk, training goes on as before."""
+        try:
+            return await exchange.compute(write_snapshot, stage, command)
+        except StorageError as failure:
+            return Snapshotted(command.steps, (), str(failure))
 
     async def _become(self, load: Load, stage: TrainStage, exchange: Exchange) -> None:
         """Go on as another stage, with new links: frames of the last epoch find none of them."""

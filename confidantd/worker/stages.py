@@ -63,6 +63,7 @@ def become(stage: TrainStage, load: Load, report: PipeReport) -> None:
         reader(place.tensors, load.blobs),
         _adapter_reader(load),
         state_reader(place.state, load.blobs),
+        place.steps_done,
     )
     _schedule(stage, load, report, TRAIN_SPLIT_PROGRAM)
 

@@ -29,7 +29,7 @@ class Trainer:
     """Runs training and evaluation steps of one stage, one after the other."""
 
     def __init__(self, assignment: StageAssignment, stage: TrainStage, exchange: Exchange) -> None:
-        self._assignment = assignment
+        self.place = assignment
         self._stage = stage
         self._exchange = exchange
         self._tied_partner = tied_partner(assignment)
@@ -37,7 +37,7 @@ class Trainer:
     async def step(self, command: TrainStep) -> StepDone:
         """Forward and backward of every microbatch, then one optimizer step."""
         started, self._exchange.busy_seconds = time.perf_counter(), 0.0
-        place = self._assignment
+        place = self.place
         labels = self._batch(command.labels)
         for microbatch in range(len(labels)):
             self._stage.set_labels(microbatch, labels[microbatch], command.scale)
@@ -67,7 +67,7 @@ class Trainer:
 
     async def evaluate(self, command: Evaluate) -> Evaluated | None:
         """Forward only; the head stage answers with the summed loss."""
-        place = self._assignment
+        place = self.place
         tokens = self._batch(command.tokens)
         # steps of evaluations count down from -1, so that no frame is taken for a training one
         one_pass = EvaluatePass(place, self._stage, self._exchange, -1 - command.request, tokens)
@@ -96,7 +96,7 @@ class Trainer:
 
     async def _global_square_sum(self, step: int) -> float:
         """Partial sums travel from the last stage to stage 0, the total travels back."""
-        index, last = self._assignment.stage, self._assignment.stages - 1
+        index, last = self.place.stage, self.place.stages - 1
         exchange = self._exchange
         total = np.array(await exchange.compute(self._stage.gradient_square_sum), np.float64)
         if index < last:
@@ -110,7 +110,7 @@ class Trainer:
 
     def _batch(self, data: bytes) -> NDArray[np.int64]:
         """Ids [M, b, S]; M is 0 where this stage got none."""
-        spec = self._assignment.spec
+        spec = self.place.spec
         ids = np.frombuffer(data, dtype="<i4").astype(np.int64)
         rows = spec.microbatch_size * spec.sequence_length
         return ids.reshape(ids.size // rows, spec.microbatch_size, spec.sequence_length)

@@ -70,7 +70,7 @@ def moved(
         )
         if device < len(pipeline.stages):
             stage = pipeline.stages[device]
-            stage.become(spec, reader(model.tensors), None, states.get)
+            stage.become(spec, reader(model.tensors), None, states.get, MOVED_AFTER)
         else:
             stage = TrainStage(
                 spec, programs, reader(model.tensors), None, 1, state=states.get,
@@ -114,7 +114,7 @@ def test_what_stays_is_not_copied_and_what_went_elsewhere_is_let_go(tmp_path: Pa
     last = model.spec.layers - 1
     spec = replace(stage_specs(model, 1, training="full")[0], past_last_layer=last, head=False)
     before = {source.name: arrays[0] for source, arrays in stage.states(parts_of(spec))}
-    stage.become(spec, reader(model.tensors), None, no_state)
+    stage.become(spec, reader(model.tensors), None, no_state, 0)
     after = {source.name: arrays[0] for source, arrays in stage.states(parts_of(spec))}
     assert after.keys() == before.keys()
     assert all(np.shares_memory(after[name], before[name]) for name in before)

@@ -1,0 +1,174 @@
+"""After a loss: in a new epoch, over the devices that are left, from the last committed step.
+
+What still runs elsewhere goes on: its workers drop the step that cannot end, go back to their
+own copy of the committed step, and take over what the lost stages held from the owner's disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+
+from confidantd.errors import ConfidantError
+from confidantd.ids import DeviceId
+from confidantd.jobs.checkpoints import Checkpoint
+from confidantd.jobs.job_plans import JobPlans, Launched
+from confidantd.jobs.launch import OWN_FAULTS, Launcher, leave_out
+from confidantd.jobs.pipeline import Pipeline, stop_stages
+from confidantd.jobs.services import emit_progress
+from confidantd.tasks import plain_errors
+
+_log = logging.getLogger(__name__)
+
+WAIT_SECONDS = 600.0  # for devices without which the model does not fit
+FIRST_PAUSE_SECONDS, MOST_PAUSE_SECONDS = 0.2, 2.0
+REUNION_SECONDS = 10.0
+SETTLE_SECONDS = 0.5  # how long commands of a broken pipeline wait for the cause
+MOST_IN_VAIN = 5  # losses in a row without a step done between them
+FAULTS_OF_A_DEVICE = 2  # a worker may be killed once, for whatever reason, and start again
+# What another epoch may mend. Anything else is the user's, or this device's own trouble.
+CURABLE = frozenset(
+    (*OWN_FAULTS, "peer-lost", "peer-refused", "stale-epoch", "protocol", "not-allowed",
+     "declined", "bad-device", "no-coordinator", "corrupt-file")
+)  # fmt: skip
+
+
+class Recovery:
+    """That of one job, from its first loss to its last."""
+
+    def __init__(self, plans: JobPlans) -> None:
+        self._plans = plans
+        self._faults: Counter[DeviceId] = Counter()
+        self._in_vain = 0
+        self._steps = -1
+
+    async def cause(self, launched: Launched, failure: ConfidantError) -> ConfidantError:
+        """What ended a pipeline: a command that cannot be sent is a symptom of it."""
+        if not launched.pipeline.failed and failure.code in CURABLE:
+            await asyncio.sleep(SETTLE_SECONDS)
+        return launched.pipeline.failure or failure
+
+    async def recover(
+        self,
+        launched: Launched,
+        failure: ConfidantError,
+        steps_done: int,
+        checkpoint: Checkpoint | None,
+    ) -> Launched:
+        """The next pipeline. Raises `failure` if it cannot be cured, or nothing helps."""
+        self._count(steps_done)
+        if failure.code not in CURABLE or self._in_vain > MOST_IN_VAIN:
+            raise failure
+        plans = self._plans
+        plans.log.record.state = "recovering"
+        self._blame(launched, failure)
+        if checkpoint is None:
+            await launched.pipeline.stop()
+            if plans.asked.microbatches == 0:  # other devices may cut the batch better
+                plans.workload, plans.material = plans.asked, None
+            await plans.next_epoch()
+            plans.emit_replan(failure.message, 0)
+            found = await self._patiently(None, None)
+        else:
+            found = await self._patiently(launched, checkpoint)
+            plans.emit_replan(failure.message, checkpoint.steps)
+            await plans.show(found.plan)
+        plans.log.record.state = "running"
+        return found
+
+    async def resume(self, checkpoint: Checkpoint | None) -> Launched:
+        """The first pipeline of a job that another run of the daemon began."""
+        plans = self._plans
+        plans.log.record.state, plans.make_do = "recovering", True
+        await self._wait_for(set(plans.log.record.devices))
+        found = await self._patiently(None, checkpoint)
+        steps = 0 if checkpoint is None else checkpoint.steps
+        plans.emit_replan("the job was resumed", steps)
+        if checkpoint is not None:
+            await plans.show(found.plan)
+        return found
+
+    async def _wait_for(self, names: set[str]) -> None:
+        """The devices of the last plan, for a moment: this one has just started, perhaps."""
+        for _ in range(int(REUNION_SECONDS / FIRST_PAUSE_SECONDS)):
+            peers = self._plans.services.swarm.peers()
+            if names <= {p.name for p in peers if p.is_self or p.state == "alive"}:
+                return
+            await asyncio.sleep(FIRST_PAUSE_SECONDS)
+
+    def _count(self, steps_done: int) -> None:
+        self._in_vain = self._in_vain + 1 if steps_done <= self._steps else 0
+        self._steps = steps_done
+
+    def _blame(self, launched: Launched, failure: ConfidantError) -> None:
+        """Leave a device out whose stage fails on its own, at once if it has too little memory."""
+        failed = launched.pipeline.failed_stage
+        if failed is None or failed[1].code not in OWN_FAULTS:
+            return
+        device = launched.plan.stages[failed[0]].device
+        self._faults[device] += 1
+        if failed[1].code == "does-not-fit" or self._faults[device] >= FAULTS_OF_A_DEVICE:
+            if self._plans.devices:
+                raise failure
+            leave_out(self._plans, launched.plan, failed)
+
+    async def _patiently(
+        self, launched: Launched | None, checkpoint: Checkpoint | None
+    ) -> Launched:
+        """Try until it works: devices come back, and a coordinator is elected."""
+        deadline, pause = time.monotonic() + WAIT_SECONDS, FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                return await self._try(launched, checkpoint)
+            except ConfidantError as failure:
+                if failure.code not in CURABLE or time.monotonic() > deadline:
+                    raise
+                if launched is not None and launched.pipeline.stopped:
+                    launched = None
+                _log.info("job %s waits: %s", self._plans.log.record.id, failure)
+                emit_progress(self._plans.log, "recover", 0, 1, failure.message)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, MOST_PAUSE_SECONDS)
+
+    async def _try(self, launched: Launched | None, checkpoint: Checkpoint | None) -> Launched:
+        """With the workers that run, once; when they were stopped with new ones."""
+        plans = self._plans
+        await plans.next_epoch()
+        if plans.material is None and checkpoint is not None:
+            await Launcher(plans, checkpoint).prepare()
+        if checkpoint is None:
+            return await plain_errors(Launcher(plans).launch())
+        lost = () if launched is None else self._lost(launched)
+        current = () if launched is None else launched.current(lost)
+        plan = await plans.ask("job.negotiate", current)
+        pipeline: Pipeline | None = None
+        try:
+            pipeline = plans.pipeline(
+                plan, checkpoint.entries, launched, checkpoint.steps, lost=lost, goes_back=True
+            )
+            await plain_errors(pipeline.start())
+        except BaseException:
+            await asyncio.shield(self._stop(launched, {s.device for s in plan.stages}))
+            if pipeline is not None:
+                await asyncio.shield(pipeline.stop())
+            raise
+        if launched is not None:
+            await launched.pipeline.stop()  # of the stages that did not go on
+        return plans.launched(pipeline, plan)
+
+    def _lost(self, launched: Launched) -> set[int]:
+        """Stages that cannot go on: of devices that are away, or whose worker has ended."""
+        peers = self._plans.services.swarm.peers()
+        there = {peer.id for peer in peers if peer.is_self or peer.state == "alive"}
+        stages = enumerate(launched.plan.stages)
+        away = {index for index, stage in stages if stage.device not in there}
+        return away | launched.pipeline.ended_stages
+
+    async def _stop(self, launched: Launched | None, devices: set[DeviceId]) -> None:
+        """What an attempt left half done cannot be gone on with."""
+        plans = self._plans
+        if launched is not None:
+            await launched.pipeline.stop()
+        await stop_stages(plans.services.peers, devices, plans.log.record.id, plans.epoch)
