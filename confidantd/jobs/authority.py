@@ -57,7 +57,10 @@ RIGHTS: Mapping[str, Right] = {
 }
 
 # What keeps a device busy: a member that asks without end is told to wait.
-HEAVY = frozenset({"device.measure", "programs.compile", "job.plan", "job.negotiate"})
+HEAVY = frozenset(
+    ("device.speeds", "device.measure", "device.link", "programs.compile", "job.plan",
+     "job.negotiate", "stage.backends")
+)  # fmt: skip
 HEAVY_ALLOWANCE = (5.0, 200.0)  # of one member: a second, and at once
 MOST_MEMBERS = 512
 

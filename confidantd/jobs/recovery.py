@@ -18,6 +18,7 @@ from confidantd.jobs.job_plans import JobPlans, Launched
 from confidantd.jobs.launch import OWN_FAULTS, Launcher, leave_out
 from confidantd.jobs.pipeline import Pipeline, stop_stages
 from confidantd.jobs.services import emit_progress
+from confidantd.planner.plan import Plan
 from confidantd.tasks import plain_errors
 
 _log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class Recovery:
         self._faults: Counter[DeviceId] = Counter()
         self._in_vain = 0
         self._steps = -1
+        self._hopeless = False
 
     async def cause(self, launched: Launched, failure: ConfidantError) -> ConfidantError:
         """What ended a pipeline: a command that cannot be sent is a symptom of it."""
@@ -63,7 +65,7 @@ class Recovery:
             raise failure
         plans = self._plans
         plans.log.record.state = "recovering"
-        self._blame(launched, failure)
+        self._blame(launched.pipeline, launched.plan)
         if checkpoint is None:
             await launched.pipeline.stop()
             if plans.asked.microbatches == 0:  # other devices may cut the batch better
@@ -102,17 +104,20 @@ class Recovery:
         self._in_vain = self._in_vain + 1 if steps_done <= self._steps else 0
         self._steps = steps_done
 
-    def _blame(self, launched: Launched, failure: ConfidantError) -> None:
-        """Leave a device out whose stage fails on its own, at once if it has too little memory."""
-        failed = launched.pipeline.failed_stage
+    def _blame(self, pipeline: Pipeline, plan: Plan) -> None:
+        """Leave a device out whose stage fails on its own, at once if it has too little memory;
+        raise its failure where the user wants it to take part.
+        """
+        failed = pipeline.failed_stage
         if failed is None or failed[1].code not in OWN_FAULTS:
             return
-        device = launched.plan.stages[failed[0]].device
+        device = plan.stages[failed[0]].device
         self._faults[device] += 1
         if failed[1].code == "does-not-fit" or self._faults[device] >= FAULTS_OF_A_DEVICE:
             if self._plans.devices:
-                raise failure
-            leave_out(self._plans, launched.plan, failed)
+                self._hopeless = True
+                raise failed[1]
+            leave_out(self._plans, plan, failed)
 
     async def _patiently(
         self, launched: Launched | None, checkpoint: Checkpoint | None
@@ -123,7 +128,7 @@ class Recovery:
             try:
                 return await self._try(launched, checkpoint)
             except ConfidantError as failure:
-                if failure.code not in CURABLE or time.monotonic() > deadline:
+                if self._hopeless or failure.code not in CURABLE or time.monotonic() > deadline:
                     raise
                 if launched is not None and launched.pipeline.stopped:
                     launched = None
@@ -153,6 +158,7 @@ class Recovery:
             await asyncio.shield(self._stop(launched, {s.device for s in plan.stages}))
             if pipeline is not None:
                 await asyncio.shield(pipeline.stop())
+                self._blame(pipeline, plan)
             raise
         if launched is not None:
             await launched.pipeline.stop()  # of the stages that did not go on

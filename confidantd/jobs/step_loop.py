@@ -50,7 +50,7 @@ class StepLoop:
 
     async def run(self) -> None:
         """To the end of the last step and evaluation."""
-        await self._feeder.feed_until(STEPS_AHEAD)
+        await self._feeder.feed_until(self.progress.done + STEPS_AHEAD)
         while not (self._feeder.done and self._drained):
             await self._hear()
             if self._watch.due and not self._feeder.done:

@@ -8,6 +8,7 @@ the handshake both sides compare the peer's device id with the one they expect.
 from __future__ import annotations
 
 import ssl
+from asyncio.sslproto import SSLProtocol
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,6 +20,11 @@ from confidantd.ids import DeviceId, digest_of
 # OpenSSL's X509_V_FLAG_NO_CHECK_TIME: a board without a clock battery must reach its peers,
 # and a pinned certificate gains nothing from its dates.
 _NO_CHECK_TIME = 0x20_0000
+
+# asyncio sets aside 256 KiB of each TLS connection for what comes in, also where nothing ever does,
+# and frees it late: a quarter of it reads as fast from a network.
+_BUFFER_BYTES = 64 * 1024
+SSLProtocol.max_size = min(SSLProtocol.max_size, _BUFFER_BYTES)
 
 
 def server_context(home: str | Path, roots: Iterable[str] | None = None) -> ssl.SSLContext:

@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests import reference
-from tests.e2e.devices import Device, swarm, wait_until
+from tests.e2e.devices import Device, met, swarm, wait_until
 from tests.e2e.small_models import Small, make_small
 from tests.e2e.test_equal_to_one_machine import LOSS_TOLERANCE, RATE, WEIGHT_TOLERANCE
 from tests.e2e.test_jobs import END_SECONDS, record, talks_to, wait_for_no_workers, workers
@@ -54,6 +54,7 @@ def disturbed(
     """The events of a job that something happens to after some steps."""
     owner = devices[0]
     events: list[dict[str, Any]] = []
+    waiting = True
     with subprocess.Popen(
         command(owner, small, output, *options), stdout=subprocess.PIPE, text=True,
         env=owner.environment(),
@@ -61,11 +62,11 @@ def disturbed(
         assert process.stdout is not None
         for line in process.stdout:
             events.append(json.loads(line))
-            kept = events[-1].get("checkpoint") if events[-1]["event"] == "step" else None
-            if kept is not None and events[-1]["step"] >= FAULT_AFTER and fault is not None:
+            found = events[-1]
+            if waiting and found.get("checkpoint") and found["step"] >= FAULT_AFTER:
+                waiting = False
                 fault(devices)
-                fault = None  # type: ignore[assignment]
-    assert fault is None
+    assert not waiting
     return events
 
 
@@ -109,26 +110,122 @@ def replans(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def lose_coordinator(devices: list[Device]) -> None:
+    """Another one than the owner."""
+    name = devices[0].coordinator()
+    next(device for device in devices if device.name == name).kill()
+
+
 FAULTS: dict[str, Fault] = {
     "a worker": lambda devices: workers(devices[1])[0].kill(),
     "a device": lambda devices: devices[1].kill(),
     "two devices": lambda devices: [device.kill() for device in devices[1:]],
     "the owner's worker": lambda devices: workers(devices[0])[0].kill(),
-    "the coordinator": lambda devices: coordinator(devices).kill(),
+    "the coordinator": lose_coordinator,
 }
-
-
-def coordinator(devices: list[Device]) -> Device:
-    """The device that coordinates; another one than the owner."""
-    name = devices[0].coordinator()
-    return next(device for device in devices if device.name == name)
 
 
 @pytest.mark.parametrize("fault", list(FAULTS))
 def test_full_fine_tuning_goes_on_after_the_loss_of(
     devices: list[Device], small: Small, tmp_path: Path, fault: str
 ) -> None:
+    if fault == "the coordinator" and devices[0].coordinator() == "anna":
+        devices[0].stop()
+        devices[0].start()
+        wait_until(lambda: met(devices), END_SECONDS, "another coordinator")
+        assert devices[0].coordinator() != "anna"
     events = disturbed(devices, small, tmp_path / "out", FAULTS[fault])
     check(events, full_run(small), tmp_path / "out", "model.safetensors")
     assert replans(events)
     wait_for_no_workers(*(d for d in devices if d.process and d.process.poll() is None))
+
+
+def test_an_adapter_goes_on_with_two_devices_and_no_step_is_lost(
+    devices: list[Device], small: Small, tmp_path: Path
+) -> None:
+    adapter = small.make_adapter(tmp_path / "adapter")
+    events = disturbed(
+        devices, small, tmp_path / "out", lambda devices: devices[2].kill(),
+        "--method", "lora", "--init-adapter", str(adapter),
+    )  # fmt: skip
+    blocks = reference.blocks_of(small.folder, [small.text], small.length)
+    run = reference.train(
+        reference.with_adapter(reference.load(small.folder), adapter), blocks, steps=STEPS,
+        batch_size=BATCH, learning_rate=RATE, warmup_steps=2,
+    )  # fmt: skip
+    check(events, run, tmp_path / "out", "adapter_model.safetensors")
+    (replan,) = replans(events)
+    assert replan["reason"].startswith("cleo")
+    assert replan["resumed_from_step"] > 0
+    assert {stage["name"] for stage in events[-1]["stages"]} == {"anna", "ben"}
+
+
+def test_a_job_that_nothing_helps_fails_and_is_resumed(
+    devices: list[Device], small: Small, tmp_path: Path
+) -> None:
+    """The same worker is killed again and again."""
+    owner, ben, _ = devices
+
+    def kill_for_ever(_: list[Device]) -> None:
+        (job,) = (j for j in owner.json("jobs")["jobs"] if j["state"] not in ("done", "failed"))
+
+        def killed() -> bool:
+            for worker in workers(ben):
+                worker.kill()
+            return record(owner, job["id"])["state"] == "failed"
+
+        wait_until(killed, END_SECONDS, "failure")
+
+    first = disturbed(devices, small, tmp_path / "out", kill_for_ever)
+    assert (first[-1]["event"], first[-1]["code"]) == ("failed", "worker-failed")
+    job = owner.json("jobs")["jobs"][0]["id"]
+    wait_for_no_workers(*devices)
+    assert not list((owner.home / "jobs").rglob("tokens.bin"))
+    assert owner.json("jobs", "resume", job) == {"job": job}
+    assert owner.cli("jobs", "resume", job).returncode == 1, "it is running"
+    events = owner.events("jobs", "watch", job)
+    assert events[-1]["event"] == "done", events[-1]
+    assert replans(events)[-1]["resumed_from_step"] > 0
+    again = owner.cli("jobs", "resume", job)
+    assert again.returncode == 1
+    assert "done" in again.stderr
+
+
+@pytest.mark.parametrize("end", ["SIGKILL", "SIGTERM"])
+def test_a_job_goes_on_when_its_owner_starts_again(
+    devices: list[Device], small: Small, tmp_path: Path, end: str
+) -> None:
+    owner = devices[0]
+    ends = {"SIGKILL": Device.kill, "SIGTERM": Device.stop}
+    first = disturbed(devices, small, tmp_path / "out", lambda _: ends[end](owner))
+    wait_for_no_workers(*devices[1:])
+    owner.start()
+    job = owner.json("jobs")["jobs"][0]["id"]
+    events = owner.events("jobs", "watch", job)
+    assert replans(events)[0]["resumed_from_step"] > 0
+    steps = [event for event in events if event["event"] == "step"]
+    assert len(steps) < 2 * STEPS
+    run = full_run(small)
+    for event in [*(e for e in first if e.get("event") == "step"), *steps]:
+        assert event["loss"] == pytest.approx(run.losses[event["step"] - 1], rel=LOSS_TOLERANCE)
+    assert steps[-1]["step"] == STEPS
+    assert events[-1]["event"] == "done"
+    assert record(owner, job)["state"] == "done"
+    assert not list((owner.home / "jobs").rglob("*.state*"))
+    assert not list((owner.home / "jobs").rglob("checkpoints"))
+
+
+def test_a_member_that_is_removed_leaves_the_job_which_goes_on(
+    devices: list[Device], small: Small, tmp_path: Path
+) -> None:
+    owner, ben, _ = devices
+
+    def remove(_: list[Device]) -> None:
+        assert owner.cli("remove", "ben").returncode == 0
+        wait_for_no_workers(ben)
+        wait_until(lambda: not talks_to(ben, owner), END_SECONDS, "every connection ended")
+
+    events = disturbed(devices, small, tmp_path / "out", remove)
+    check(events, full_run(small), tmp_path / "out", "model.safetensors")
+    assert {stage["name"] for stage in events[-1]["stages"]} == {"anna", "cleo"}
+    assert [m["self"] for m in ben.json("members")["members"]] == [True], "it was told"

@@ -14,7 +14,7 @@ from confidantd.jobs.request_checks import check_offer, check_request
 from confidantd.models.config import Config
 from confidantd.models.families import spec_from_config
 from confidantd.wire.jobs import CurrentStage, Offer, PlanRequest
-from confidantd.wire.worker import Exported, TrainedTensor
+from confidantd.wire.worker import StateBlob, StateTensor
 from tests.unit.model_files import LLAMA
 
 MODEL = spec_from_config(Config(dict(LLAMA), "config.json"))
@@ -69,15 +69,16 @@ def test_an_offer_with_impossible_sizes_is_refused(wrong: dict[str, Any]) -> Non
         check_offer(replace(OFFER, **wrong))
 
 
-def tensor(name: str, size: int, rows: int = 3, digest: Digest | None = STORED) -> TrainedTensor:
+def blob(*tensors: tuple[str, int], digest: Digest | None = STORED) -> StateBlob:
     """As a stage hands it over."""
-    return TrainedTensor(name, (rows, size), "", digest)
+    return StateBlob(tuple(StateTensor(name, size) for name, size in tensors), "", digest)
 
 
 def test_a_stage_must_hand_over_what_it_was_asked_for() -> None:
-    found = handed_over(Exported((tensor("w", 4), tensor("b", 2))), {"w": 4, "b": 2}, A)
-    assert {name: (entry.size, entry.bytes) for name, entry in found.items()} == {
-        "w": (4, 48), "b": (2, 24),
+    given = (blob(("w", 4), ("b", 2)), blob(("v", 1)))
+    found = handed_over(given, {"w": 4, "b": 2, "v": 1}, A)
+    assert {name: (e.size, e.bytes, e.offset) for name, e in found.items()} == {
+        "w": (4, 72, 0), "b": (2, 72, 48), "v": (1, 12, 0),
     }  # fmt: skip
 
 
@@ -85,14 +86,13 @@ def test_a_stage_must_hand_over_what_it_was_asked_for() -> None:
     "given",
     [
         (),
-        (tensor("w", 4), tensor("other", 4)),
-        (tensor("w", 5),),
-        (tensor("w", 4, rows=1),),
-        (tensor("w", 4), tensor("w", 4)),
-        (tensor("w", 4, digest=None),),
-        (TrainedTensor("w", (3,), "", STORED),),
+        (blob(("w", 4), ("other", 4)),),
+        (blob(("w", 5)),),
+        (blob(("w", 4), ("w", 4)),),
+        (blob(("w", 4)), blob(("w", 4))),
+        (blob(("w", 4), digest=None),),
     ],
 )
-def test_anything_else_is_refused(given: tuple[TrainedTensor, ...]) -> None:
+def test_anything_else_is_refused(given: tuple[StateBlob, ...]) -> None:
     with pytest.raises(ProtocolError, match="handed over"):
-        handed_over(Exported(given), {"w": 4}, A)
+        handed_over(given, {"w": 4}, A)
