@@ -27,7 +27,7 @@ HANDSHAKE_SECONDS = 5.0
 MAX_HANDSHAKES, MAX_OF_STRANGERS, MAX_OF_HOST = 16, 6, 4
 # A handshake costs a millisecond of a laptop's core, ten of a phone's. Hosts from which members
 # came may make some; all others together as many as a person would ever need.
-MEMBER_HANDSHAKES = (5.0, 100.0)  # of one host: a second, and at once
+MEMBER_HANDSHAKES = (5.0, 40.0)  # of one host: a second, and at once
 STRANGER_HANDSHAKES = (5.0, 30.0)
 EACH_STRANGER = (1.0, 10.0)
 REMEMBERED_HOSTS = 256
@@ -41,17 +41,17 @@ SHUTDOWN_SECONDS = 1.0
 
 
 class Acceptor:
-    """Gives connections of trusted devices to `protocol` (an aiohttp server)."""
+    """Gives connections of welcome devices to `protocol` (an aiohttp server)."""
 
     def __init__(
         self,
         protocol: Callable[[], asyncio.BaseProtocol],
         context: Callable[[], Awaitable[ssl.SSLContext]],
-        trusted: Callable[[DeviceId], bool],
+        welcome: Callable[[DeviceId], bool],
     ) -> None:
         self._protocol = protocol
         self._context = context
-        self._trusted = trusted
+        self._welcome = welcome
         self._tasks = TaskSet("accept")
         self._open: dict[asyncio.BaseTransport, DeviceId] = {}
         self._listeners: list[socket.socket] = []
@@ -83,12 +83,12 @@ class Acceptor:
         for transport in self._open:
             _abort(transport)
 
-    def drop_untrusted(self) -> None:
-        """End every connection of a device that is trusted no longer."""
+    def drop_unwelcome(self) -> None:
+        """End every connection of a device that is welcome no longer."""
         for transport, device in list(self._open.items()):
             if transport.is_closing():
                 del self._open[transport]
-            elif not self._trusted(device):
+            elif not self._welcome(device):
                 _abort(transport)
 
     def _accept(self, listener: socket.socket) -> None:
@@ -176,8 +176,8 @@ class Acceptor:
     def _check(self, transport: asyncio.BaseTransport, host: str) -> None:
         try:
             device = peer_device_id(transport.get_extra_info("ssl_object"))
-            if not self._trusted(device):
-                raise NotPairedError("the device is trusted no longer")
+            if not self._welcome(device):
+                raise NotPairedError("the device is not welcome (any more)")
             self._open = {t: d for t, d in self._open.items() if not t.is_closing()}
             if sum(d == device for d in self._open.values()) >= MAX_OPEN:
                 raise ProtocolError(f"it has {MAX_OPEN} connections already")

@@ -44,7 +44,7 @@ MAX_QUEUED_BYTES = 24 * 1024 * 1024  # three of the largest messages
 MAX_QUEUED_MESSAGES = 1_024
 MAX_RUNNING_HANDLERS = 128
 # Of the processor, besides what is measured: TLS and WebSocket, of a message and of each byte.
-MESSAGE_SECONDS, BYTE_SECONDS = 5e-5, 4e-9
+MESSAGE_SECONDS, BYTE_SECONDS = 1e-4, 1.2e-8
 MOST_PAUSE_SECONDS = 0.5  # between two messages: a heartbeat may wait behind them
 RETIRE_SECONDS = 10.0  # for answers still under way when a duplicate is given up
 CLOSE_SECONDS = 2.0
@@ -72,6 +72,7 @@ class Connection:
         self.origin = origin
         self.host = host
         self.reason = ""
+        self.offended = False  # it ended because the peer broke the rules
         self._socket = socket
         self._requests = requests
         self._notifications = notifications
@@ -189,6 +190,7 @@ class Connection:
                 await self._pace(message.data)
             self.close(_close_reason(self._socket))
         except ConfidantError as failure:
+            self.offended = isinstance(failure, ProtocolError)
             self._close_seconds = ABRUPT_SECONDS
             self.close(failure.message)
         except (OSError, aiohttp.ClientError) as failure:

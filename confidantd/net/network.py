@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -43,6 +44,7 @@ from confidantd.net.greeting import device_of, greet_back, greet_first
 from confidantd.net.link_probe import LINK_PATH, LinkProbe
 from confidantd.net.link_timing import TransferTiming
 from confidantd.net.listen import bound_port, open_listeners
+from confidantd.net.shunning import Shunning
 from confidantd.tasks import TaskSet
 from confidantd.wire.codec import MAX_MESSAGE_BYTES
 from confidantd.wire.messages import MAX_ADDRESSES, PROTOCOL_VERSION, Hello, clean_name
@@ -99,6 +101,7 @@ class Network:
         self._connections = Connections()
         self._attempts = 0
         self._spent = Allowances(*PROCESSOR_SECONDS, remembered=MOST_PEERS)
+        self._shunning = Shunning()
         self._greeting: Counter[DeviceId] = Counter()  # incoming ones that say who they are
         self._tasks = TaskSet("network")
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -122,7 +125,7 @@ class Network:
             self.port = bound_port(listeners)
             await runner.setup()
             assert runner.server is not None
-            self._acceptor = Acceptor(runner.server, self._contexts.listening, self._trusts)
+            self._acceptor = Acceptor(runner.server, self._contexts.listening, self._welcome)
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit_per_host=MOST_TO_ONE),
                 cookie_jar=aiohttp.DummyCookieJar(),
@@ -206,6 +209,10 @@ class Network:
             greeted = False
             try:
                 device = device_of(socket.get_extra_info("ssl_object"))
+                if left := self._shunning.left(device, time.monotonic()):
+                    raise PeerLostError(
+                        f"{where} talked nonsense and is left alone for {left:.0f} s"
+                    )
                 if not self._trusts(device) or expect not in (None, device):
                     raise UnexpectedDeviceError(
                         f"another device than the expected answers at {where}"
@@ -228,6 +235,11 @@ class Network:
     def disconnect(self, device: DeviceId, reason: str) -> None:
         """End the connection to `device`, if there is one."""
         self._connections.end(device, reason)
+
+    def shun(self, device: DeviceId, reason: str) -> None:
+        """End the connection to a device that breaks the rules, and take none for a while."""
+        self._shunning.offended(device, time.monotonic())
+        self.disconnect(device, reason)
 
     async def request(
         self, device: DeviceId, method: str, params: dict[str, Any], *, timeout_seconds: float
@@ -358,6 +370,8 @@ class Network:
         try:
             await connection.run()
         finally:
+            if connection.offended:
+                self._shunning.offended(connection.peer.device, time.monotonic())
             self._connections.remove(connection)
 
     def _hello(self) -> Hello:
@@ -389,6 +403,9 @@ class Network:
     def _trusts(self, device: DeviceId) -> bool:
         return device == self.identity.device_id or device in self._trust.members()
 
+    def _welcome(self, device: DeviceId) -> bool:
+        return self._trusts(device) and not self._shunning.left(device, time.monotonic())
+
     def _trust_changed_elsewhere(self, _members: frozenset[DeviceId]) -> None:
         """In the thread that changed the trust store."""
         if self._loop is not None:
@@ -402,7 +419,7 @@ class Network:
                     listener(device)
                 self.disconnect(device, "the device is trusted no longer")
         if self._loop is not None and self._acceptor is not None:
-            self._loop.call_later(FAREWELL_SECONDS, self._acceptor.drop_untrusted)
+            self._loop.call_later(FAREWELL_SECONDS, self._acceptor.drop_unwelcome)
 
     def _require_address(self, device: DeviceId) -> tuple[str, int]:
         address = self.address(device)

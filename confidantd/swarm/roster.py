@@ -88,7 +88,7 @@ class RosterGossip:
                 await asyncio.to_thread(self._trust.merge, roster.statements)
             except ProtocolError as failure:
                 self._heard.of(device).spend(WRONG_COSTS, asyncio.get_running_loop().time())
-                self._network.disconnect(device, failure.message)
+                self._network.shun(device, failure.message)
             except ConfidantError as failure:
                 _log.warning("the list of members could not be kept: %s", failure)
 
