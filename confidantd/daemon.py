@@ -10,6 +10,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import confidantd
@@ -50,6 +51,8 @@ _log = logging.getLogger("confidantd")
 
 RESOURCES_SECONDS = 5.0  # free memory and battery change slowly
 START_SECONDS = 30.0
+HAND_OVER_SECONDS = 15.0
+LEAVING = "it leaves"
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -64,6 +67,7 @@ class Daemon:
         command = shlex.split(config.battery_command)
         battery = BatteryCommand(command) if command else None
         self._readiness = Readiness(Policy.of(config), lambda: read_battery(battery))
+        self._leaving = ""
         self._granted = asyncio.Event()  # what is granted to jobs has changed
         self._identity = load_or_create(home)
         self._trust = TrustStore(home)
@@ -121,6 +125,7 @@ class Daemon:
             self._swarm,
             self.address,
             lambda: self._providers,
+            self._leave,
         )
         self._api = ControlApi(home / "control.sock", view, self._jobs)
         self._network.on_disconnected(self._device_lost)
@@ -157,10 +162,30 @@ class Daemon:
 
     async def _close(self) -> None:
         """Jobs first, so that their stages everywhere are released while the network is up."""
+        await self._hand_over()
         await self._jobs.close()
         await self._host.close()
         await self._api.close()
         await self._services.close()
+
+    async def _hand_over(self) -> None:
+        """Give owners of jobs a while to move elsewhere what they have here."""
+        if not self._host.trains_for_others():
+            return
+        _log.info("jobs of other devices move what they have here elsewhere")
+        self._leaving = LEAVING
+        self._swarm.set_resources(await self._resources())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(HAND_OVER_SECONDS):
+                await self._host.wait_for_hand_over()
+
+    async def _leave(self) -> int:
+        """`confidant leave`; it may be invited again, and then takes work again."""
+        await self._hand_over()
+        try:
+            return await self._swarm.pairing.leave()
+        finally:
+            self._leaving = ""
 
     async def _measure(self) -> None:
         cache = self._config.home / "profile.json"
@@ -185,7 +210,7 @@ class Daemon:
         return await asyncio.to_thread(self._resources_of, granted)
 
     def _resources_of(self, granted_bytes: int) -> Resources:
-        return read_resources(
+        resources = read_resources(
             memory_cap=self._config.memory_bytes,
             granted_bytes=granted_bytes,
             threads=self._threads,
@@ -194,6 +219,7 @@ class Daemon:
             bandwidth_mbps=self._swarm.fastest_link_mbps(),
             condition=self._readiness.look(),
         )
+        return replace(resources, refuses=self._leaving or resources.refuses)
 
     def _used_providers(self) -> tuple[Provider, ...]:
         """Those that the configuration lets jobs use; the CPU's always."""

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import importlib.metadata
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 import confidantd
@@ -38,6 +38,7 @@ class View:
         swarm: Swarm,
         address: Callable[[], str],
         providers: Callable[[], tuple[Provider, ...]],
+        leave: Callable[[], Awaitable[int]],
     ) -> None:
         self._identity = identity
         self._name = name
@@ -45,6 +46,7 @@ class View:
         self._swarm = swarm
         self._address = address
         self._providers = providers
+        self._leave = leave
 
     def status(self, jobs: list[dict[str, Any]]) -> dict[str, Any]:
         """`confidant status`."""
@@ -156,7 +158,7 @@ class View:
 
     async def leave(self) -> dict[str, Any]:
         """`confidant leave`: this device is on its own afterwards."""
-        return {"left_members": await self._swarm.pairing.leave()}
+        return {"left_members": await self._leave()}
 
     def _own_names(self) -> dict[str, str]:
         return _names(self._identity.device_id, self._name)

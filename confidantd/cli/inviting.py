@@ -16,6 +16,7 @@ from confidantd.cli.output import console, duration, plain, print_json
 from confidantd.errors import ConfidantError, NotPairedError
 
 POLL_SECONDS = 0.3
+SOON_SECONDS = 1.5  # after which a wait is explained
 _ENDS = {
     "expired": ("the code has expired", "confidant invite shows a new one"),
     "refused": (
@@ -58,7 +59,11 @@ async def join_swarm(client: Client, code: str, at: str, *, merge: bool, as_json
 
 async def leave_swarm(client: Client, *, as_json: bool) -> None:
     """Be on one's own again."""
-    fields = await client.post("/v1/leave")
+    leaving = asyncio.ensure_future(client.post("/v1/leave"))
+    await asyncio.wait([leaving], timeout=SOON_SECONDS)
+    if not leaving.done() and not as_json:
+        click.echo("jobs of other devices move what they have here elsewhere ...", err=True)
+    fields = await leaving
     if as_json:
         print_json(fields)
     else:

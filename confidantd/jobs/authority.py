@@ -50,6 +50,8 @@ RIGHTS: Mapping[str, Right] = {
     "stage.withdraw": Right.OFFERER,
     "stage.start": Right.OWNER,
     "stage.command": Right.OWNER,
+    "stage.spares": Right.OWNER,
+    "stage.pulse": Right.OWNER,
     "stage.stop": Right.OWNER,
     # of the owner of a job
     "stage.event": Right.HOLDER,

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-from confidantd.errors import ConfidantError, DeviceError, PeerLostError
+from confidantd.errors import (
+    ConfidantError,
+    DeclinedError,
+    DeviceError,
+    DoesNotFitError,
+    PeerLostError,
+)
 from confidantd.ids import DeviceId, short_id
 from confidantd.jobs.assign import Material, assignments
+from confidantd.jobs.moving import Share, takeover
 from confidantd.jobs.pipeline import Pipeline, Placed
+from confidantd.jobs.prepare import measure_devices
 from confidantd.jobs.record import JobLog
 from confidantd.jobs.services import JobServices, SwarmView, ask_coordinator, emit_progress
 from confidantd.jobs.setup import Workload
+from confidantd.jobs.spares import wanted_spares
 from confidantd.jobs.stage_notes import StageNotes
 from confidantd.planner.plan import Plan
 from confidantd.planner.replan import continued, worth_moving
@@ -23,12 +33,16 @@ from confidantd.wire.jobs import (
     LinkAnswer,
     LinkSeen,
     MeasureLink,
+    Spares,
     StageProgress,
 )
+from confidantd.wire.messages import clean_text
+from confidantd.wire.resources import MAX_REASON_CHARACTERS
 from confidantd.wire.stage import OptimizerSpec, StageSpec, StateEntry
 
 _log = logging.getLogger(__name__)
 
+SPARES_SECONDS = 10.0
 LINK_SECONDS = 15.0  # a measurement ends after 3
 NOBODY = DeviceId("")  # holds the stages that are lost
 
@@ -71,6 +85,7 @@ class JobPlans:
         self.devices, self._optimizer, self._seed = devices, optimizer, seed
         self.make_do = False  # with those of the devices that are there
         self.without: dict[DeviceId, str] = {}  # cannot hold a stage, and why
+        self.refused: dict[DeviceId, str] = {}  # handed their stage over, and why
         self.material: Material | None = None
         self._links: dict[tuple[DeviceId, DeviceId], LinkSeen] = {}
 
@@ -84,16 +99,24 @@ class JobPlans:
         self.log.record.epoch += 1
         await self.log.save()
 
-    async def ask(self, method: str, current: tuple[CurrentStage, ...] = ()) -> Plan:
-        """`job.plan` only looks, `job.negotiate` reserves."""
+    async def ask(
+        self,
+        method: str,
+        current: tuple[CurrentStage, ...] = (),
+        shares: tuple[Share, ...] = (),
+    ) -> Plan:
+        """`job.plan` only looks, `job.negotiate` reserves. With `shares` just that plan."""
         devices = self.present() if self.make_do else self.devices
         if self.devices and not devices:
             raise PeerLostError(f"none of {', '.join(self.devices)[:200]} is there")
         request = self.workload.plan_request(self.log.record.id, self.epoch, devices)
-        if len(devices) != len(self.devices):
+        if shares:
+            layers = tuple(layers for _, layers in shares)
+            request = replace(request, devices=tuple(d for d, _ in shares), layers=layers)
+        elif len(devices) != len(self.devices):
             request = replace(request, layers=())
         links = tuple(self._links.values())
-        request = replace(request, current=current, without=self.without, links=links)
+        request = replace(request, current=current, without=self.unwanted, links=links)
         return await ask_coordinator(self.services, method, request)
 
     def present(self) -> tuple[str, ...]:
@@ -106,6 +129,68 @@ class JobPlans:
             for name in (peer.name, peer.id, short_id(peer.id))
         }
         return tuple(name for name in self.devices if name in there)
+
+    async def ask_least_moving(self, launched: Launched, lost: Collection[int] = ()) -> Plan:
+        """Negotiate the plan in which others take over what devices held that are away or shall
+        not be used, if that fits; else the best one.
+        """
+        current, there = launched.current(lost), self.there() - self.unwanted.keys()
+        stages = launched.plan.stages
+        away = {index for index, stage in enumerate(stages) if stage.device not in there}
+        shares = takeover(stages, away)
+        if shares:
+            try:
+                return await self.ask("job.negotiate", current, shares)
+            except (DoesNotFitError, DeclinedError, DeviceError) as failure:
+                _log.info("job %s is planned anew: %s", self.log.record.id, failure)
+        return await self.ask("job.negotiate", current)
+
+    @property
+    def unwanted(self) -> dict[DeviceId, str]:
+        """Devices that get no stage, and why."""
+        return {**self.refused, **self.without}
+
+    def there(self) -> set[DeviceId]:
+        """Devices that may take part, this one included."""
+        wanted = set(self.present())
+        return {
+            peer.id
+            for peer in self.services.swarm.peers()
+            if peer.is_self or peer.state == "alive"
+            if not wanted or wanted & {peer.name, peer.id, short_id(peer.id)}
+        }
+
+    def refusing(self) -> dict[DeviceId, str]:
+        """Devices that take no work for others now, with what they say."""
+        return {
+            peer.id: clean_text(peer.resources.refuses, MAX_REASON_CHARACTERS)
+            for peer in self.services.swarm.peers()
+            if not peer.is_self and peer.resources is not None and peer.resources.refuses
+        }
+
+    async def measure_newcomers(self) -> None:
+        """Devices that came while the job runs measure blocks of its shape, if they never did."""
+        assert self.material is not None
+        await measure_devices(
+            self.services, self.log, self.workload, self.present(), self.material.programs
+        )
+
+    async def lay_up_spares(self, launched: Launched) -> None:
+        """Let devices fetch what they need when others are lost; only a hint."""
+        if self.workload.method != "lora" or self.material is None:
+            return
+        stages, tensors = launched.plan.stages, self.material.tensors
+        for index, behind in wanted_spares(self.workload.spec, stages).items():
+            if stages[index].device == self.services.self_id:
+                continue  # it has the model
+            for other, names in behind.items():
+                found = tuple(tensors[name] for name in names)
+                message = Spares(self.log.record.id, stages[other].device, found)
+                with contextlib.suppress(ConfidantError):
+                    await self.services.peers.request(
+                        stages[index].device, "stage.spares", to_map(message),
+                        timeout_seconds=SPARES_SECONDS,
+                    )  # fmt: skip
 
     async def better_plan(self, launched: Launched, steps_left: int) -> bool:
         """Whether another plan than the running one would pay for the move; reserves nothing."""

@@ -21,10 +21,10 @@ _log = logging.getLogger(__name__)
 
 
 async def move(
-    plans: JobPlans, launched: Launched, steps_done: int, reason: str
+    plans: JobPlans, launched: Launched, steps_done: int, reason: str, *, in_haste: bool = False
 ) -> Launched | None:
     """Go on with the plan of now, between two steps; None if that cannot be: then the job
-    goes on as it was.
+    goes on as it was. In haste the plan is the one that moves least.
 
     Devices that join load their stages first. Only when all of them are ready do the
     others let go of what they no longer need.
@@ -33,7 +33,10 @@ async def move(
     log.record.state = "recovering"
     await plans.next_epoch()
     try:
-        plan = await plans.ask("job.negotiate", launched.current())
+        if in_haste:
+            plan = await plans.ask_least_moving(launched)
+        else:
+            plan = await plans.ask("job.negotiate", launched.current())
     except ConfidantError as failure:
         _stays(plans, failure)
         return None

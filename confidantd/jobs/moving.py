@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from confidantd.errors import ProtocolError
@@ -22,6 +22,8 @@ from confidantd.planner.plan import StagePlan
 from confidantd.planner.replan import continued
 from confidantd.wire.stage import StateEntry
 from confidantd.wire.worker import STATE_BYTES, Export, StateBlob
+
+Share = tuple[DeviceId, int]  # a device, and how many layers it gets
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,26 @@ def wanted(old: Sequence[StagePlan], new: Sequence[StagePlan], *, tied: bool) ->
             parts -= kept_parts(parts_of_plan(old[before]), parts, tied=tied)
         found.append(Wanted(parts))
     return tuple(found)
+
+
+def takeover(stages: Sequence[StagePlan], away: Collection[int]) -> tuple[Share, ...]:
+    """The devices that are left with their numbers of layers, when each gets what those behind
+    it held: it has spares of that. The owner is first, or what the first held goes to the next.
+    Empty where that is no straight pipeline, or nobody is left.
+    """
+    found: list[Share] = []
+    ahead = 0
+    for index, stage in enumerate(stages):
+        layers = stage.past_last_layer - stage.first_layer
+        if index not in away:
+            found.append((stage.device, ahead + layers))
+            ahead = 0
+        elif found:
+            found[-1] = (found[-1][0], found[-1][1] + layers)
+        else:
+            ahead += layers
+    straight = len({device for device, _ in found}) == len(found)
+    return tuple(found) if straight and all(layers for _, layers in found) else ()
 
 
 def exports(old: Sequence[StagePlan], new: Sequence[StagePlan], *, tied: bool) -> dict[int, Export]:

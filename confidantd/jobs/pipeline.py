@@ -18,6 +18,7 @@ from confidantd.store.fetch import fetch
 from confidantd.tasks import TaskSet
 from confidantd.wire.codec import from_map, to_map
 from confidantd.wire.jobs import (
+    Pulse,
     StageCommand,
     StageEvent,
     StageProgress,
@@ -42,6 +43,7 @@ START_SECONDS = 3_600.0  # distributing a large stage over slow Wi-Fi; progress 
 COMMAND_SECONDS = 60.0
 CONNECT_SECONDS = 60.0
 STOP_SECONDS = 10.0
+PULSE_SECONDS = 0.4
 CAUSE_SECONDS = 0.5  # a link breaks: until then we hear which worker or device is gone
 MAX_WAITING_EVENTS = 10_000
 
@@ -126,6 +128,7 @@ class Pipeline:
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue(MAX_WAITING_EVENTS)
         self._failure: ConfidantError | None = None
         self._failed = asyncio.Event()
+        self._tasks = TaskSet("pipeline")
 
     def __len__(self) -> int:
         return len(self.placed)
@@ -174,19 +177,32 @@ class Pipeline:
 
     async def start(self) -> None:
         """Load all stages and connect them; raises what failed first."""
-        self._router.add(self)
+        self._open()
         await self._start_those(set(range(len(self))))
         await self._connect()
 
     async def start_new(self) -> None:
         """Load the stages that do not go on from a running one; raises what failed first."""
-        self._router.add(self)
+        self._open()
         await self._start_those({i for i, placed in enumerate(self.placed) if not placed.goes_on})
 
     async def start_rest(self) -> None:
         """Load the others, then connect all."""
         await self._start_those({i for i, placed in enumerate(self.placed) if placed.goes_on})
         await self._connect()
+
+    def _open(self) -> None:
+        self._router.add(self)
+        self._tasks.start(self._pulse(), "pulse")
+
+    async def _pulse(self) -> None:
+        """Devices that are gone are noticed by what they do not acknowledge."""
+        message = to_map(Pulse(self.key[0]))
+        devices = {placed.device for placed in self.placed} - {self._peers.self_id}
+        while True:
+            for device in devices:
+                await self._peers.notify(device, "stage.pulse", message)
+            await asyncio.sleep(PULSE_SECONDS)
 
     async def _connect(self) -> None:
         addresses = tuple(
@@ -230,7 +246,7 @@ class Pipeline:
         """The next event of any stage; raises the failure of the pipeline once there is one."""
         if self._failure is None and not self._events.empty():
             return self._events.get_nowait()
-        tasks = TaskSet("pipeline")
+        tasks = TaskSet("pipeline-event")
         getting = tasks.start(self._events.get(), "event")
         failing = tasks.start(self._failed.wait(), "failure")
         try:
@@ -266,6 +282,7 @@ class Pipeline:
     async def stop(self) -> None:
         """End every stage that can still be reached and has not gone on to a later epoch."""
         self.stopped = True
+        await self._tasks.close()
         self._router.remove(self)
         devices = {placed.device for placed in self.placed} - self.lost_devices
         await stop_stages(self._peers, devices, *self.key)

@@ -123,7 +123,7 @@ class Recovery:
         self, launched: Launched | None, checkpoint: Checkpoint | None
     ) -> Launched:
         """Try until it works: devices come back, and a coordinator is elected."""
-        deadline, pause = time.monotonic() + WAIT_SECONDS, FIRST_PAUSE_SECONDS
+        deadline, pause, said = time.monotonic() + WAIT_SECONDS, FIRST_PAUSE_SECONDS, ""
         while True:
             try:
                 return await self._try(launched, checkpoint)
@@ -132,7 +132,9 @@ class Recovery:
                     raise
                 if launched is not None and launched.pipeline.stopped:
                     launched = None
-                _log.info("job %s waits: %s", self._plans.log.record.id, failure)
+                if failure.message != said:
+                    _log.info("job %s waits: %s", self._plans.log.record.id, failure)
+                said = failure.message
                 emit_progress(self._plans.log, "recover", 0, 1, failure.message)
             await asyncio.sleep(pause)
             pause = min(2 * pause, MOST_PAUSE_SECONDS)
@@ -145,9 +147,8 @@ class Recovery:
             await Launcher(plans, checkpoint).prepare()
         if checkpoint is None:
             return await plain_errors(Launcher(plans).launch())
-        lost = () if launched is None else self._lost(launched)
-        current = () if launched is None else launched.current(lost)
-        plan = await plans.ask("job.negotiate", current)
+        lost = set() if launched is None else self._lost(launched)
+        plan = await self._plan(launched, lost)
         pipeline: Pipeline | None = None
         try:
             pipeline = plans.pipeline(
@@ -164,10 +165,18 @@ class Recovery:
             await launched.pipeline.stop()  # of the stages that did not go on
         return plans.launched(pipeline, plan)
 
+    async def _plan(self, launched: Launched | None, lost: set[int]) -> Plan:
+        """Where workers run, one that moves little: a better one is found later."""
+        plans = self._plans
+        if launched is None:
+            return await plans.ask("job.negotiate")
+        return await plans.ask_least_moving(launched, lost)
+
     def _lost(self, launched: Launched) -> set[int]:
-        """Stages that cannot go on: of devices that are away, or whose worker has ended."""
+        """Stages that cannot go on: of devices that are or were away, or whose worker has ended."""
         peers = self._plans.services.swarm.peers()
         there = {peer.id for peer in peers if peer.is_self or peer.state == "alive"}
+        there -= launched.pipeline.lost_devices
         stages = enumerate(launched.plan.stages)
         away = {index for index, stage in stages if stage.device not in there}
         return away | launched.pipeline.ended_stages

@@ -16,6 +16,7 @@ from confidantd.jobs.authority import Right
 from confidantd.jobs.grants import Grants, Held, Place
 from confidantd.jobs.peers import Peers
 from confidantd.jobs.request_checks import check_offer
+from confidantd.jobs.spares import SpareKeeper
 from confidantd.jobs.speed_book import SpeedBook
 from confidantd.jobs.splits import Splits, program_request
 from confidantd.jobs.stage_blobs import StageBlobs
@@ -28,6 +29,7 @@ from confidantd.wire.jobs import (
     BackendsQuestion,
     Offer,
     OfferAnswer,
+    Spares,
     StageCommand,
     StageEvent,
     StageStarted,
@@ -91,6 +93,8 @@ class StageHost:
         self._splits = splits
         self._speeds = speeds
         self._grants = Grants()
+        self._spares = SpareKeeper(peers, store)
+        self._released = asyncio.Event()  # since it was cleared
         self._deciding = asyncio.Lock()  # two offers at once must not get the same memory
         self._tasks = TaskSet("stages")
         peers.authority.decide(Right.COORDINATOR, lambda device, _: device == coordinator())
@@ -101,7 +105,9 @@ class StageHost:
         peers.on_request("stage.withdraw", self._withdraw)
         peers.on_request("stage.start", self._start)
         peers.on_request("stage.command", self._command)
+        peers.on_request("stage.spares", self._keep_spares)
         peers.on_request("stage.stop", self._stop)
+        peers.on_notify("stage.pulse", lambda _device, _params: None)
 
     def granted_bytes(self) -> int:
         """Memory promised to jobs on this device; to be asked on the event loop."""
@@ -111,6 +117,22 @@ class StageHost:
     def jobs(self) -> tuple[JobId, ...]:
         """Jobs that hold a stage here."""
         return tuple({held.offer.job: None for held in self._grants})
+
+    def trains_for_others(self) -> bool:
+        """Whether a stage of another device's training is here: it may be moved."""
+        return any(
+            held.offer.owner != self._peers.self_id
+            and held.process is not None
+            and held.process.assignment is not None
+            and held.process.assignment.spec.training is not None
+            for held in self._grants
+        )
+
+    async def wait_for_hand_over(self) -> None:
+        """Until there is none."""
+        while self.trains_for_others():
+            self._released.clear()
+            await self._released.wait()
 
     def owner_lost(self, device: DeviceId) -> None:
         """Free every stage whose owner is gone: nobody would ever stop it."""
@@ -123,6 +145,7 @@ class StageHost:
         """End every worker."""
         for held in self._grants:
             await self._release(held)
+        await self._spares.close()
         await self._tasks.close()
 
     async def _offer(self, coordinator: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
@@ -264,6 +287,12 @@ class StageHost:
         host = self._address_of(address.device)
         return replace(address, host=host) if host else address
 
+    async def _keep_spares(self, _owner: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
+        spares = from_map(Spares, params)
+        if spares.job in self.jobs():
+            self._spares.keep(spares)
+        return {}
+
     async def _stop(self, owner: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
         message = from_map(StopStage, params)
         self._grants.drop(owner, message.job, message.epoch)
@@ -273,6 +302,7 @@ class StageHost:
 
     async def _release(self, held: Held) -> None:
         self._grants.remove(held)
+        self._released.set()
         if held.process is not None:
             await asyncio.shield(held.process.stop())
             if held.process.assignment is not None:
@@ -282,6 +312,8 @@ class StageHost:
         self._grants_changed()
         job = held.offer.job
         last = job not in self.jobs()
+        if last:
+            self._spares.drop(job)
         await asyncio.to_thread(_remove, self._trained_folder(held), self._job_folder(held), last)
 
     async def _forget_trained(self, held: Held) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from confidantd.errors import ConfidantError
+from confidantd.ids import DeviceId
 from confidantd.jobs.course import Course
 from confidantd.jobs.feeder import Feeder
 from confidantd.jobs.job_plans import JobPlans, Launched
@@ -20,6 +21,7 @@ from confidantd.planner.replan import LEAST_LEFT_SECONDS, LINKS, Watch, with_lin
 from confidantd.planner.simulate import StageCost, holders_of
 from confidantd.wire.worker import Evaluated, Snapshotted, StepDone
 
+SETTLED_STEPS = 3  # of a plan, before it is looked at again
 STEPS_AHEAD = 2  # batches that wait at the stages, so that none waits for the owner
 
 
@@ -46,16 +48,58 @@ class StepLoop:
         self.progress = StepProgress(launched, course, log, lambda: replication.last)
         self._watch = _watch(launched)
         self._steps_seen = 0  # of this plan
+        self._company = plans.there()
+        self._unsettled = False  # the plan was made in haste, or others are there now
         self._step_seconds = 0.0
+        self._spares_of: Launched | None = None
 
     async def run(self) -> None:
         """To the end of the last step and evaluation."""
         await self._feeder.feed_until(self.progress.done + STEPS_AHEAD)
         while not (self._feeder.done and self._drained):
             await self._hear()
-            if self._watch.due and not self._feeder.done:
-                await self._reconsider()
+            if not self._feeder.done:
+                await self._follow()
             await self._feeder.feed_until(self.progress.done + STEPS_AHEAD)
+            if self._steps_seen == SETTLED_STEPS and self._spares_of is not self.launched:
+                self._spares_of = self.launched
+                await self._plans.lay_up_spares(self.launched)
+
+    async def _follow(self) -> None:
+        """Go on with another plan where that pays, or must be."""
+        leaving = self._leaving()
+        if leaving:
+            await self._leave(leaving)
+        elif self._watch.due or (self._unsettled and self._steps_seen >= SETTLED_STEPS):
+            if self._unsettled:
+                await self._plans.measure_newcomers()
+            self._unsettled = False
+            await self._reconsider()
+
+    def _leaving(self) -> dict[DeviceId, str]:
+        """Devices that hold a stage and have begun to take no work for others, and why."""
+        refusing, refused = self._plans.refusing(), self._plans.refused
+        for device in refused.keys() - refusing.keys():
+            del refused[device]
+            self._unsettled = True
+        holders = {stage.device for stage in self.launched.plan.stages}
+        return {d: why for d, why in refusing.items() if d in holders - refused.keys()}
+
+    async def _leave(self, leaving: dict[DeviceId, str]) -> None:
+        """They hand their stages over; where that cannot be, they stay for as long as they can."""
+        self._plans.refused |= leaving
+        names = {stage.device: stage.name for stage in self.launched.plan.stages}
+        reason = "; ".join(f"{names[device]} leaves: {why}" for device, why in leaving.items())
+        await self._drain()
+        moved = await move(self._plans, self.launched, self.progress.done, reason, in_haste=True)
+        await self._adopt(moved or self.launched)
+        self._unsettled |= moved is not None
+
+    def _look_around(self) -> None:
+        """Who came may be of use; who refused and takes work again, too."""
+        company = self._plans.there()
+        self._unsettled |= not company <= self._company
+        self._company = company
 
     async def begin(self) -> None:
         """At the step of the checkpoint, if there is one."""
@@ -70,6 +114,7 @@ class StepLoop:
             self.launched, failure, self.progress.done, self._replication.committed
         )
         await self._adopt(found)
+        self._unsettled = True
         self._go_back()
 
     def _go_back(self) -> None:
@@ -100,6 +145,7 @@ class StepLoop:
     def _compare(self, answers: dict[int, StepDone]) -> None:
         """With what was planned. The first step of a plan also fills memory and says nothing."""
         self._steps_seen += 1
+        self._look_around()
         if self._steps_seen > 1:
             plan = self.launched.plan
             self._step_seconds = max(answer.wall_seconds for answer in answers.values())

@@ -20,6 +20,7 @@ from confidantd.errors import ConfidantError, PeerLostError, ProtocolError, from
 from confidantd.ids import DeviceId, short_id
 from confidantd.net.allowance import Allowance
 from confidantd.net.duplicates import Origin
+from confidantd.net.silence import notice_silence
 from confidantd.tasks import TaskSet
 from confidantd.wire.messages import (
     Failure,
@@ -179,6 +180,7 @@ class Connection:
             data = self._queue.popleft()  # first: a send that is cancelled has written its frame
             self._queued_bytes -= len(data)
             await self._socket.send_bytes(data)
+            notice_silence(self._socket.get_extra_info("socket"))
 
     async def _read(self) -> None:
         try:

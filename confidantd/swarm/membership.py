@@ -86,9 +86,12 @@ class Membership:
     def set_resources(self, resources: Resources) -> None:
         """What this device offers from now on; told with the next heartbeats."""
         if resources != self.resources:
+            urgent = self.resources is not None and resources.refuses != self.resources.refuses
             self.resources = resources
             for member in self.members.values():
                 member.full_beat_soon()
+            if urgent:  # jobs have to go elsewhere
+                self._beat_all()
 
     def set_link(self, device: DeviceId, mbps: float) -> None:
         """The measured bandwidth from a member; told with the next heartbeats."""

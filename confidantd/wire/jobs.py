@@ -14,6 +14,8 @@
 | `stage.command` | owner | device | `StageCommand` |
 | `stage.event` (notify) | device | owner | `StageEvent` |
 | `stage.progress` (notify) | device | owner | `StageProgress` |
+| `stage.spares` | owner | device | `Spares` |
+| `stage.pulse` (notify) | owner | device | `Pulse` |
 | `stage.stop` | owner | device | `StopStage` |
 | `programs.compile` | owner | compiler | `ProgramRequest` -> `Compiled` |
 """
@@ -26,7 +28,7 @@ from typing import Any, Literal
 from confidantd.ids import DeviceId, JobId
 from confidantd.models.spec import Form, LoraSpec, Method, ModelSpec, ProgramRequest
 from confidantd.wire.speeds import Speeds
-from confidantd.wire.stage import BackendShare, ProgramEntry
+from confidantd.wire.stage import BackendShare, ProgramEntry, TensorEntry
 
 Objective = Literal["train", "generate", "serve"]
 OwnerEnds = Literal["auto", "always", "never"]
@@ -235,6 +237,22 @@ class StopStage:
 
     job: JobId
     epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Spares:
+    """Weights that `source` serves and that this device may need when others are lost."""
+
+    job: JobId
+    source: DeviceId
+    tensors: tuple[TensorEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """The owner is there; that it arrived, the device's kernel tells."""
+
+    job: JobId
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 
 from tests import reference
 from tests.e2e.devices import Device, met, swarm, wait_until
-from tests.e2e.small_models import Small, make_small
+from tests.e2e.small_models import TEXT, Small, make_small
 from tests.e2e.test_equal_to_one_machine import LOSS_TOLERANCE, RATE, WEIGHT_TOLERANCE
 from tests.e2e.test_jobs import END_SECONDS, record, talks_to, wait_for_no_workers, workers
+from tests.e2e.test_replanning import make_model
 
-STEPS, BATCH, FAULT_AFTER = 60, 8, 15
+STEPS, BATCH, FAULT_AFTER = 100, 8, 15
 RUN_SECONDS = 120.0
 Fault = Callable[[list[Device]], object]
 
@@ -213,6 +214,59 @@ def test_a_job_goes_on_when_its_owner_starts_again(
     assert record(owner, job)["state"] == "done"
     assert not list((owner.home / "jobs").rglob("*.state*"))
     assert not list((owner.home / "jobs").rglob("checkpoints"))
+
+
+@pytest.mark.parametrize("way", ["stops", "leaves the swarm"])
+def test_a_device_that_says_so_hands_its_stage_over(
+    devices: list[Device], small: Small, tmp_path: Path, way: str
+) -> None:
+    ben = devices[1]
+
+    def leave(_: list[Device]) -> None:
+        assert (ben.stop() if way == "stops" else ben.cli("leave").returncode) == 0
+
+    events = disturbed(devices, small, tmp_path / "out", leave)
+    check(events, full_run(small), tmp_path / "out", "model.safetensors")
+    first, *_ = replans(events)
+    assert first["reason"] == "ben leaves: it leaves"
+    before = [e["step"] for e in events[: events.index(first)] if e["event"] == "step"]
+    assert first["resumed_from_step"] == before[-1], "a step was lost"
+    assert {stage["name"] for stage in events[-1]["stages"]} == {"anna", "cleo"}
+
+
+def test_a_device_that_comes_back_is_used_again(devices: list[Device], tmp_path: Path) -> None:
+    """Where the job is faster with it: here it does not fit without."""
+    owner, ben, cleo = devices
+    ben.stop()
+    cleo.stop()
+    model = make_model(tmp_path / "model", 384, 1056)
+    for device, memory in ((owner, "270M"), (ben, "270M")):
+        device.options += ["--memory", memory]
+    owner.stop()
+    owner.start()
+    ben.start()
+    wait_until(lambda: owner.states().get("ben") == "alive", END_SECONDS, "ben")
+    events: list[dict[str, Any]] = []
+    with subprocess.Popen(
+        owner.cli_command(
+            "train", str(model), "--data", str(TEXT), "--output", str(tmp_path / "out"),
+            "--steps", "30", "--batch-size", "4", "--microbatches", "2", "--sequence-length", "32",
+            "--json",
+        ),
+        stdout=subprocess.PIPE, text=True, env=owner.environment(),
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        killed = False
+        for line in process.stdout:
+            events.append(json.loads(line))
+            if not killed and events[-1].get("checkpoint"):
+                ben.kill()
+                killed = True
+            if killed and events[-1].get("phase") == "recover" and ben.process.poll() is not None:
+                ben.start()
+    assert events[-1]["event"] == "done", events[-1]
+    assert {stage["name"] for stage in events[-1]["stages"]} == {"anna", "ben"}
+    assert replans(events)[-1]["resumed_from_step"] > 0
 
 
 def test_a_member_that_is_removed_leaves_the_job_which_goes_on(
