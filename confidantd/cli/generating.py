@@ -42,6 +42,7 @@ async def run_generation(client: Client, request: Mapping[str, Any], *, as_json:
                 case "notice" if not as_json:
                     click.echo(plain(f"{event['name']}: {event['message']}"), err=True)
                 case "token" if not as_json:
+                    progress.quiet = True  # from here on the line is the text's
                     click.echo(_printable(event["text"]), nl=False)
                 case "done":
                     _end(event, as_json=as_json)
@@ -65,12 +66,12 @@ class _Progress:
     """One line on standard error while the pipeline comes up."""
 
     def __init__(self, *, quiet: bool) -> None:
-        self._quiet = quiet
+        self.quiet = quiet
         self._shown = False
 
     def show(self, event: Mapping[str, Any]) -> None:
         """Draw the phase over the last one."""
-        if self._quiet:
+        if self.quiet:
             return
         name = PHASES.get(event["phase"]) or plain(event["phase"])[:20]
         sys.stderr.write(f"\r\x1b[K{name} {event['done']}/{event['of']}")

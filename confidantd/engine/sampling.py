@@ -12,10 +12,10 @@ class Sampler:
     """Temperature and nucleus sampling; the same seed gives the same tokens.
 
     `temperature` 0 is greedy. `top_p` keeps the fewest most likely tokens whose
-    probabilities add up to it.
+    probabilities add up to it. After `chosen` tokens of an earlier one it goes on as that did.
     """
 
-    def __init__(self, temperature: float, top_p: float, seed: int) -> None:
+    def __init__(self, temperature: float, top_p: float, seed: int, chosen: int = 0) -> None:
         if not 0 <= temperature < float("inf"):
             raise UsageError(f"the temperature must be 0 or more, not {temperature}")
         if not 0 < top_p <= 1:
@@ -23,6 +23,7 @@ class Sampler:
         self._temperature = temperature
         self._top_p = top_p
         self._generator = np.random.default_rng(seed & (2**64 - 1))
+        self._generator.random(chosen)
 
     def pick(self, logits: Floats) -> int:
         """A token id from logits [V]; greedy takes the first of equals."""

@@ -6,14 +6,15 @@ import asyncio
 import time
 from typing import Any
 
-from confidantd.errors import UsageError
+from confidantd.errors import ConfidantError, UsageError
 from confidantd.jobs.job_plans import JobPlans, Launched
 from confidantd.jobs.launch import Launcher
 from confidantd.jobs.options import GenerateOptions, model_folder
 from confidantd.jobs.prompt import TextProcess
 from confidantd.jobs.record import JobLog
+from confidantd.jobs.recovery import Recovery
 from confidantd.jobs.services import JobServices
-from confidantd.jobs.setup import Workload, generate_workload
+from confidantd.jobs.setup import generate_workload
 from confidantd.models.spec import ModelSpec
 from confidantd.wire.stage import OptimizerSpec
 from confidantd.wire.worker import Decode, Token
@@ -44,30 +45,42 @@ class GenerateJob:
                 self._services, self._log, workload, options.devices, OptimizerSpec(), options.seed
             )
             launched = await Launcher(plans).launch()
+            plans.make_do = True
             try:
-                await self._generate(launched, workload, prompt, text)
+                launched = await self._generate(plans, launched, prompt, text)
             finally:
                 await asyncio.shield(launched.pipeline.stop())
         finally:
             await asyncio.shield(text.close())
 
     async def _generate(
-        self, launched: Launched, workload: Workload, prompt: list[int], text: TextProcess
-    ) -> None:
-        spec = workload.spec
+        self, plans: JobPlans, launched: Launched, prompt: list[int], text: TextProcess
+    ) -> Launched:
+        """All tokens, over as many pipelines as it takes; gives the last one.
+
+        A new one is given the tokens so far as a part of the prompt.
+        """
+        spec = plans.workload.spec
         room = spec.max_positions - len(prompt) + 1  # the last new token is never fed back
         self._log.record.state = "running"
         self._log.record.steps = min(self._options.max_new_tokens, room)
-        started = time.monotonic()
-        await self._start(launched, spec, prompt)
-        stream = _Stream(self._log, text, started)
+        stream, recovery = _Stream(self._log, text, time.monotonic()), Recovery(plans)
         while not stream.finished:
-            _, event = await launched.pipeline.next_event()
-            if isinstance(event, Token):
-                await stream.take(event)
+            try:
+                await self._start(launched, spec, prompt, stream.tokens)
+                while not stream.finished:
+                    _, event = await launched.pipeline.next_event()
+                    if isinstance(event, Token):
+                        await stream.take(event)
+            except ConfidantError as failure:
+                cause, done = await recovery.cause(launched, failure), len(stream.tokens)
+                launched = await recovery.recover(launched, cause, done, None, goes_on_at=done)
         self._log.emit(stream.summary(launched, len(prompt)))
+        return launched
 
-    async def _start(self, launched: Launched, spec: ModelSpec, prompt: list[int]) -> None:
+    async def _start(
+        self, launched: Launched, spec: ModelSpec, prompt: list[int], tokens: list[int]
+    ) -> None:
         options = self._options
         for stage, place in reversed(list(enumerate(launched.specs))):
             if not (place.embedding or place.head):
@@ -76,12 +89,13 @@ class GenerateJob:
                 stage,
                 Decode(
                     sequence=SEQUENCE,
-                    prompt=tuple(prompt) if place.embedding else (),
-                    max_new_tokens=self._log.record.steps,
+                    prompt=(*prompt, *tokens) if place.embedding else (),
+                    max_new_tokens=self._log.record.steps - len(tokens),
                     temperature=options.temperature,
                     top_p=options.top_p,
                     seed=options.seed,
                     end_tokens=spec.end_tokens,
+                    chosen=len(tokens),
                 ),
             )
 
@@ -94,33 +108,33 @@ class _Stream:
         self._text = text
         self._started = started
         self._first = started
-        self._tokens: list[int] = []
+        self.tokens: list[int] = []
         self._pieces: list[str] = []
         self.finished = ""
 
     async def take(self, event: Token) -> None:
         """One more token; emits it with the text it completes."""
-        if not self._tokens:
+        if not self.tokens:
             self._first = time.monotonic()
-        self._tokens.append(event.token)
+        self.tokens.append(event.token)
         piece = await self._text.push(event.token)
         if event.finished:
             piece += await self._text.flush()
             self.finished = event.finished
         self._pieces.append(piece)
-        self._log.record.step = len(self._tokens)
+        self._log.record.step = len(self.tokens)
         self._log.emit({"event": "token", "id": event.token, "text": piece})
 
     def summary(self, launched: Launched, prompt_tokens: int) -> dict[str, Any]:
         """The object of `generate --json`."""
-        rest = len(self._tokens) - 1
+        rest = len(self.tokens) - 1
         seconds = time.monotonic() - self._first
         return {
             "event": "done",
             "text": "".join(self._pieces),
-            "tokens": self._tokens,
+            "tokens": self.tokens,
             "prompt_tokens": prompt_tokens,
-            "completion_tokens": len(self._tokens),
+            "completion_tokens": len(self.tokens),
             "time_to_first_token_ms": round(1000 * (self._first - self._started), 2),
             "tokens_per_second": round(rest / seconds, 2) if rest and seconds > 0 else 0.0,
             "finish_reason": self.finished,

@@ -58,8 +58,13 @@ class Recovery:
         failure: ConfidantError,
         steps_done: int,
         checkpoint: Checkpoint | None,
+        goes_on_at: int = 0,
     ) -> Launched:
-        """The next pipeline. Raises `failure` if it cannot be cured, or nothing helps."""
+        """The next pipeline. Raises `failure` if it cannot be cured, or nothing helps.
+
+        Without a checkpoint it is a new one; what it was given so far, `goes_on_at`, the caller
+        gives it again.
+        """
         self._count(steps_done)
         if failure.code not in CURABLE or self._in_vain > MOST_IN_VAIN:
             raise failure
@@ -71,7 +76,7 @@ class Recovery:
             if plans.asked.microbatches == 0:  # other devices may cut the batch better
                 plans.workload, plans.material = plans.asked, None
             await plans.next_epoch()
-            plans.emit_replan(failure.message, 0)
+            plans.emit_replan(failure.message, goes_on_at)
             found = await self._patiently(None, None)
         else:
             found = await self._patiently(launched, checkpoint)

@@ -103,7 +103,9 @@ class Evaluate:
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """Generate after `prompt` (token ids; empty for stages between the ends)."""
+    """Generate after `prompt` (token ids; empty for stages between the ends), the last `chosen`
+    of which were generated before a stage was lost.
+    """
 
     sequence: int
     prompt: tuple[int, ...]
@@ -112,6 +114,7 @@ class Decode:
     top_p: float
     seed: int
     end_tokens: tuple[int, ...]
+    chosen: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ class Generator:
 
     async def start(self, command: Decode) -> None:
         """Take on a sequence; stage 0 runs its prompt through the pipeline."""
-        sampler = Sampler(command.temperature, command.top_p, command.seed)
+        sampler = Sampler(command.temperature, command.top_p, command.seed, command.chosen)
         self._sequence(command.sequence).set_result(_Sequence(command, sampler))
         if self._place.spec.embedding:
             prompt = np.array([command.prompt], dtype=np.int64)

@@ -216,6 +216,37 @@ def test_a_job_goes_on_when_its_owner_starts_again(
     assert not list((owner.home / "jobs").rglob("checkpoints"))
 
 
+def test_generation_goes_on_with_the_same_tokens(devices: list[Device], tmp_path: Path) -> None:
+    """A worker is killed, then a device."""
+    model = make_model(tmp_path / "model", 256, 704)
+    owner, ben, cleo = devices
+    options = (
+        str(model), "--prompt", "Once", "--max-new-tokens", "200", "--devices", "anna,ben,cleo",
+    )  # fmt: skip
+    undisturbed = owner.json("generate", *options)["tokens"]
+    with subprocess.Popen(
+        owner.cli_command("generate", *options, "--json"), stdout=subprocess.PIPE, text=True,
+        env=owner.environment(),
+    ) as process:  # fmt: skip
+        job = ""
+
+        def tokens(count: int) -> bool:
+            nonlocal job
+            job = owner.json("jobs")["jobs"][0]["id"]
+            return bool(record(owner, job)["step"] >= count)
+
+        wait_until(lambda: tokens(20), END_SECONDS, "tokens")
+        workers(ben)[0].kill()
+        wait_until(lambda: tokens(80), END_SECONDS, "more tokens")
+        cleo.kill()
+        assert process.stdout is not None
+        answer = json.loads(process.stdout.read())
+    assert answer["tokens"] == undisturbed
+    assert len(undisturbed) == 200
+    assert record(owner, job)["epoch"] >= 3
+    wait_for_no_workers(owner, ben)
+
+
 @pytest.mark.parametrize("way", ["stops", "leaves the swarm"])
 def test_a_device_that_says_so_hands_its_stage_over(
     devices: list[Device], small: Small, tmp_path: Path, way: str
