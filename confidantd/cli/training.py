@@ -29,7 +29,7 @@ Events = AsyncGenerator[Event, None]
 
 PHASES = {
     "prepare": "reading the text",
-    "recover": "waiting for devices",
+    "recover": "going on after a loss",
     "compile": "compiling programs",
     "distribute": "sending layers",
     "load": "loading layers",

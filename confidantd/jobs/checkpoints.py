@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from confidantd.errors import ConfidantError, CorruptFileError, StorageError
-from confidantd.ids import DeviceId, Digest
+from confidantd.ids import DeviceId, Digest, digest_of
 from confidantd.store.blobs import BlobStore, hash_range
 from confidantd.store.files import storage_error, sync_folder, write_atomically
 from confidantd.wire.codec import from_map, to_map
@@ -66,12 +66,13 @@ class Checkpoints:
         new = self._folder / f".{place.name}.new"
         tensors = [to_map(entry) for entry in found.entries.values()]
         state = {"format": FORMAT, "steps": steps, **facts, "tensors": tensors}
+        text = json.dumps({"sha256": _digest(state), "state": state}, separators=(",", ":"))
         try:
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir(parents=True)
             for digest in found.blobs:
                 self._take(digest, new / digest)
-            write_atomically(new / STATE_NAME, json.dumps(state, indent=1).encode())
+            write_atomically(new / STATE_NAME, text.encode())
             sync_folder(new)
             shutil.rmtree(place, ignore_errors=True)  # of the same step, before the job went back
             new.rename(place)
@@ -98,8 +99,7 @@ class Checkpoints:
 
     def facts(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """What was written with it."""
-        found: dict[str, Any] = json.loads(self._state_file(checkpoint.steps).read_text())
-        return found
+        return _state(self._state_file(checkpoint.steps))
 
     def remove(self) -> None:
         """All of them: the job is done."""
@@ -113,15 +113,13 @@ class Checkpoints:
 
     def _read(self, place: Path) -> Checkpoint:
         """CorruptFileError unless every byte is as it was."""
-        try:
-            state = json.loads((place / STATE_NAME).read_text())
-            entries = [from_map(StateEntry, tensor) for tensor in state["tensors"]]
-            steps = int(state["steps"])
-            if state["format"] != FORMAT:
-                raise CorruptFileError(f"it has format {state['format']}")
-        except (OSError, ValueError, KeyError, TypeError) as failure:
-            raise CorruptFileError(f"its {STATE_NAME} cannot be read ({failure})") from None
-        found = Checkpoint(steps, {e.name: replace(e, source=self._source) for e in entries})
+        state = _state(place / STATE_NAME)
+        if state.get("format") != FORMAT:
+            raise CorruptFileError(f"its format is {state.get('format')}")
+        entries = [from_map(StateEntry, tensor) for tensor in state["tensors"]]
+        found = Checkpoint(
+            int(state["steps"]), {e.name: replace(e, source=self._source) for e in entries}
+        )
         for digest, size_bytes in found.blobs.items():
             self._verify(place / digest, digest, size_bytes)
         return found
@@ -161,3 +159,19 @@ class Checkpoints:
         for place in [*later, *[p for p in places if p not in later][:-KEPT]]:
             with contextlib.suppress(OSError):
                 shutil.rmtree(place)
+
+
+def _state(path: Path) -> dict[str, Any]:
+    """What was written, or CorruptFileError."""
+    try:
+        read = json.loads(path.read_text())
+        state: dict[str, Any] = read["state"]
+        if read["sha256"] != _digest(state):
+            raise CorruptFileError(f"its {STATE_NAME} has changed")
+    except (OSError, ValueError, KeyError, TypeError) as failure:
+        raise CorruptFileError(f"its {STATE_NAME} cannot be read ({failure})") from None
+    return state
+
+
+def _digest(state: Mapping[str, Any]) -> Digest:
+    return digest_of(json.dumps(state, sort_keys=True).encode())

@@ -70,6 +70,7 @@ class Recovery:
             raise failure
         plans = self._plans
         plans.log.record.state = "recovering"
+        emit_progress(plans.log, "recover", 0, 1, failure.message)
         self._blame(launched.pipeline, launched.plan)
         if checkpoint is None:
             await launched.pipeline.stop()

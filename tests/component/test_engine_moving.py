@@ -12,10 +12,14 @@ import pytest
 
 from confidantd.engine.tensors import Floats
 from confidantd.engine.train_stage import TrainStage
-from confidantd.engine.trained_weights import no_state
+from confidantd.engine.trained_weights import State, no_state
+from confidantd.ids import DeviceId, Digest
 from confidantd.models.folder import ModelFolder
 from confidantd.models.spec import LoraSpec, ProgramRequest
-from confidantd.wire.stage import parts_of
+from confidantd.wire.stage import StateEntry, parts_of
+from confidantd.wire.worker import STATE_BYTES, BlobRange, Snapshot
+from confidantd.worker.blobs import state_reader
+from confidantd.worker.results import write_snapshot
 from tests.component.engine_models import (
     ROWS,
     TOKENS,
@@ -30,6 +34,7 @@ from tests.component.test_engine_training import MOST_NORM, RATE, batch
 from tests.programs import programs_for
 
 STEPS, MOVED_AFTER = 4, 2
+NOBODY = DeviceId("")
 LORA = Adapter(LoraSpec(4, 8.0, ("q_proj", "v_proj")))
 # (device, first layer, past the last) of each new stage; devices 0 and 1 hold layers 0 and 1-2.
 MOVES = {
@@ -122,3 +127,45 @@ def test_what_stays_is_not_copied_and_what_went_elsewhere_is_let_go(tmp_path: Pa
     found = stage.resident_bytes()
     assert found["weights"] == sum(array.nbytes for array in after.values())
     assert found["moments"] == 2 * found["weights"] < whole["moments"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "lora"])
+def test_going_back_some_steps_gives_the_same_steps_again(tmp_path: Path, kind: str) -> None:
+    """From files, after a step that did not end."""
+    adapter = LORA if kind == "lora" else None
+    model = save_model("llama" if kind == "lora" else kind, tmp_path)
+    pipeline = training_pipeline(model, 2, adapter=adapter)
+    losses, states = [], []
+    for step in range(STEPS):
+        if step == MOVED_AFTER:
+            states = [snapshot(stage, tmp_path / str(i)) for i, stage in enumerate(pipeline.stages)]
+        losses.append(pipeline.step(*batch(step, 2), RATE, MOST_NORM))
+    wanted = {name: array.copy() for name, array in pipeline.trained().items()}
+    pipeline.gradients(*batch(0, 2))
+    method: Any = "full" if adapter is None else "lora"
+    specs = stage_specs(model, 2, training=method, lora=None if adapter is None else adapter.lora)
+    for stage, spec, state in zip(pipeline.stages, specs, states, strict=True):
+        stage.become(spec, reader(model.tensors), None, state, MOVED_AFTER)
+        assert stage.resident_bytes()["kept"] == 0
+    again = [pipeline.step(*batch(s, 2), RATE, MOST_NORM) for s in range(MOVED_AFTER, STEPS)]
+    assert again == losses[MOVED_AFTER:]
+    found = pipeline.trained()
+    assert found.keys() == wanted.keys()
+    assert all(np.array_equal(found[name], array) for name, array in wanted.items())
+
+
+def snapshot(stage: TrainStage, folder: Path) -> State:
+    """A stage's state as it is read back from its files."""
+    folder.mkdir()
+    written = write_snapshot(stage, Snapshot(MOVED_AFTER, folder=str(folder)))
+    assert written.steps == MOVED_AFTER
+    blobs, entries = {}, []
+    for number, blob in enumerate(written.blobs):
+        digest, offset = Digest(f"{number:064x}"), 0
+        assert Path(blob.path).stat().st_size == blob.bytes
+        blobs[digest] = BlobRange(blob.path, 0, blob.bytes)
+        for tensor in blob.tensors:
+            entries.append(StateEntry(tensor.name, tensor.size, blob.bytes, digest, NOBODY, offset))
+            offset += STATE_BYTES * tensor.size
+    assert len({entry.name for entry in entries}) == len(entries)
+    return state_reader(tuple(entries), blobs)

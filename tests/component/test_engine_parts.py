@@ -59,6 +59,15 @@ def test_sampling_follows_the_probabilities() -> None:
     assert np.abs(np.bincount(draws, minlength=4) / 4000 - wanted).max() < 0.03
 
 
+def test_a_sampler_goes_on_where_another_one_was() -> None:
+    """After a loss the tokens so far are given to a new head."""
+    logits = np.log(np.array([0.4, 0.3, 0.2, 0.1])).astype(np.float32)
+    whole = Sampler(1.0, 0.9, 7)
+    draws = [whole.pick(logits) for _ in range(60)]
+    rest = Sampler(1.0, 0.9, 7, chosen=25)
+    assert [rest.pick(logits) for _ in range(35)] == draws[25:]
+
+
 @pytest.mark.parametrize(("top_p", "kept"), [(0.4, 1), (0.5, 1), (0.79, 2), (0.9, 3), (1.0, 4)])
 def test_top_p_keeps_the_fewest(top_p: float, kept: int) -> None:
     """The smallest set of most likely tokens that reaches top-p."""
