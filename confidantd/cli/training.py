@@ -148,10 +148,11 @@ def _phase(event: Event) -> Text:
 
 def _step_line(event: Event) -> str:
     busy = " ".join(f"{100 * s['busy_fraction']:.0f}%" for s in event["stages"])
+    kept = event.get("checkpoint")
     return (
         f"step {event['step']}/{event['steps']}  loss {event['loss']:.4f}  "
         f"lr {event['learning_rate']:.2e}  {event['tokens_per_second']:.0f} tok/s  "
-        f"busy {busy}"
+        f"busy {busy}" + (f"  kept {kept['step']}" if kept else "")
     )
 
 

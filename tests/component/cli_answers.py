@@ -154,6 +154,8 @@ def step(number: int, steps: int = 3) -> dict[str, Any]:
     return {
         "event": "step", "step": number, "steps": steps, "loss": 5.0 - number,
         "learning_rate": 2e-5, "tokens_per_second": 640.5, "epoch": 1, "seconds_left": 65.0,
+        "checkpoint": {"step": number - 1, "every_steps": 1, "seconds": 0.4, "bytes": 10**6,
+                       "sent_bytes": 10**6, "mbps": 20.0} if number > 1 else None,
         "stages": [{"device": ANNA, "name": "anna", "busy_fraction": 0.91},
                    {"device": BEN, "name": "ben", "busy_fraction": 0.87}],
     }  # fmt: skip
