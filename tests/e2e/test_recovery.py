@@ -94,11 +94,11 @@ def check(events: list[dict[str, Any]], run: reference.Run, output: Path, file: 
         assert off <= WEIGHT_TOLERANCE * float(wanted[name].abs().max()), name
 
 
-def full_run(small: Small) -> reference.Run:
+def full_run(small: Small, steps: int = STEPS) -> reference.Run:
     """The job in one process of torch."""
     blocks = reference.blocks_of(small.folder, [small.text], small.length)
     return reference.train(
-        reference.load(small.folder), blocks, steps=STEPS, batch_size=BATCH,
+        reference.load(small.folder), blocks, steps=steps, batch_size=BATCH,
         learning_rate=RATE, warmup_steps=2,
     )  # fmt: skip
 

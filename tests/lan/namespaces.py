@@ -80,6 +80,19 @@ class Lan:
         """Bring a host that was cut off back."""
         _ip("-n", self._switch, "link", "set", host.port_name, "up")
 
+    def split(self, others: Sequence[Host]) -> None:
+        """Two LANs that do not reach each other: these hosts on one, the rest on the other."""
+        _ip("-n", self._switch, "link", "add", "lan1", "type", "bridge", "mcast_snooping", "0")
+        _ip("-n", self._switch, "link", "set", "lan1", "up")
+        for host in others:
+            _ip("-n", self._switch, "link", "set", host.port_name, "master", "lan1")
+
+    def join(self) -> None:
+        """One LAN again."""
+        for host in self.hosts:
+            _ip("-n", self._switch, "link", "set", host.port_name, "master", "lan0")
+        _ip("-n", self._switch, "link", "delete", "lan1")
+
     def filter_multicast(self) -> None:
         """As an access point with client isolation of multicast: none reaches another host."""
         for host in self.hosts:
