@@ -29,10 +29,12 @@ from benchmarks.report import Claim, options, report
 from tests.e2e.devices import Device, met, running, wait_until
 from tests.e2e.test_jobs import workers
 from tests.lan.namespaces import Lan
+from tests.reference import MODELS
 
 MBIT, DEVICES = 50.0, 4
 CUT_SECONDS = 10.0
 DETECT_REACH, AGAIN_REACH, STANDSTILL_REACH, WEIGHTS_REACH = 2.0, 5.0, 2.0, 1e-4
+PAUSE_REACH = 3.0
 MEET_SECONDS, SPARES_SECONDS, JOB_SECONDS, QUIET_SECONDS = 60.0, 400.0, 900.0, 15.0
 
 
@@ -217,6 +219,51 @@ class Bench:
         )
 
 
+def generation(quick: bool) -> Iterator[Claim]:
+    """A stage is killed in the middle of 256 tokens."""
+    with tempfile.TemporaryDirectory() as made, fleet(Path(made)) as found:
+        model = MODELS / "stories260K"
+        if not model.is_dir():
+            model = make_model(Path(made) / "model", 128, 352, 5)
+        owner, tokens = found.owner, 128 if quick else 256
+        asked = (
+            "generate", str(model), "--prompt", "Once upon a time", "--max-new-tokens", str(tokens),
+            "--devices", ",".join(NAMES), "--json",
+        )  # fmt: skip
+        undisturbed = owner.json(*asked)["tokens"]
+        with subprocess.Popen(  # noqa: S603 - our own command
+            owner.cli_command(*asked), stdout=subprocess.PIPE, text=True, env=owner.environment()
+        ) as process:
+            times = _watched(owner, found.kill_worker, tokens // 4)
+            assert process.stdout is not None
+            answer = json.loads(process.stdout.read())
+        pause = max(b - a for a, b in itertools.pairwise(times))
+        detail = f"{len(answer['tokens'])} tokens, greedy"
+        yield Claim("generation, a worker: pause", pause, PAUSE_REACH, "s", detail)
+        same = float(answer["tokens"] == undisturbed)
+        yield Claim("generation, a worker: the same tokens", same, 1.0, "yes", at_most=False)
+
+
+def _watched(owner: Device, fault: Callable[[], None], after: int) -> list[float]:
+    """When each token of the job that runs was heard of; something happens after some."""
+    job = wait_until(
+        lambda: [j["id"] for j in owner.json("jobs")["jobs"] if j["state"] == "planning"],
+        MEET_SECONDS, "the job",
+    )[0]  # fmt: skip
+    times: list[float] = []
+    with subprocess.Popen(  # noqa: S603 - our own command
+        owner.cli_command("jobs", "watch", job, "--json"), stdout=subprocess.PIPE, text=True,
+        env=owner.environment(),
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        for line in process.stdout:
+            if json.loads(line)["event"] == "token":
+                times.append(time.monotonic())
+                if len(times) == after:
+                    fault()
+    return times
+
+
 def claims(shapes: tuple[Shape, ...]) -> Iterator[Claim]:
     """Of each shape and fault."""
     for shape in shapes:
@@ -274,4 +321,5 @@ def _judge(name: str, shape: Shape, job: Job, at: float, off: float) -> Iterator
 
 if __name__ == "__main__":
     given = options(__doc__.splitlines()[0])
-    sys.exit(report(claims(QUICK if given.quick else SHAPES), as_json=given.json))
+    chosen = claims(QUICK if given.quick else SHAPES)
+    sys.exit(report(itertools.chain(generation(given.quick), chosen), as_json=given.json))

@@ -72,6 +72,7 @@ class Daemon:
         self._identity = load_or_create(home)
         self._trust = TrustStore(home)
         store = BlobStore(home / "store")
+        store.forget_passing()
         self._network = Network(
             self._identity, self._trust, config.hosts, config.port, store, name=config.name
         )

@@ -143,6 +143,7 @@ class Replication:
                 lambda digest, offset, length: peers.read_blob(device, digest, offset, length),
                 blob.digest,
                 blob.bytes,
+                passing=True,
             )
             pending.fetched_bytes += blob.bytes
 
@@ -187,4 +188,5 @@ class Replication:
         pending, self._pending = self._pending, None
         for digest in pending.fetched if pending else ():
             await asyncio.to_thread(self._services.store.remove, digest)
-            await asyncio.to_thread(self._services.store.part_path(digest).unlink, missing_ok=True)
+            part = self._services.store.part_path(digest, passing=True)
+            await asyncio.to_thread(part.unlink, missing_ok=True)

@@ -46,6 +46,7 @@ class StageBlobs:
                         ),
                         digest,
                         size_bytes,
+                        passing=digest in holders,
                     )
                     found = await asyncio.to_thread(self._store.locate, digest)
             if found is None or found[2] != size_bytes:

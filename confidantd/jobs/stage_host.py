@@ -383,7 +383,7 @@ class _Hearer:
 
     async def _stored(self, found: _Written) -> _Written:
         """A file becomes a blob, for others to fetch until the stage is released."""
-        digest = await asyncio.to_thread(self._store.put_file, Path(found.path))
+        digest = await asyncio.to_thread(self._store.put_file, Path(found.path), passing=True)
         return replace(found, path="", digest=digest)
 
 

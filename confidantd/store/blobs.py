@@ -1,7 +1,9 @@
 """Content-addressed files: a blob is named by the SHA-256 of its bytes.
 
 A blob is a file of its own under `blobs/`, or a registered range of another file
-(a tensor inside a model's safetensors file), which is not copied.
+(a tensor inside a model's safetensors file), which is not copied. What is only of use
+while a job runs, like the state of its training, lies under `passing/`, so that a daemon
+that was killed leaves nothing for ever.
 """
 
 from __future__ import annotations
@@ -42,24 +44,30 @@ class BlobStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._blobs = root / "blobs"
+        self._blobs, self._passing = root / "blobs", root / "passing"
         self._ranges: dict[Digest, _Range] = {}
         self._lock = threading.Lock()
         self._fetching: WeakValueDictionary[Digest, asyncio.Lock] = WeakValueDictionary()
         try:
             self._blobs.mkdir(parents=True, exist_ok=True)
+            self._passing.mkdir(exist_ok=True)
         except OSError as failure:
             raise storage_error(self._blobs, failure) from None
 
-    def path(self, digest: Digest) -> Path:
+    def path(self, digest: Digest, *, passing: bool = False) -> Path:
         """Where the blob's own file is, or would be. Digests come from peers: they name no path."""
         if not is_digest(digest):
             raise ProtocolError("a blob is not named by a SHA-256 digest")
-        return self._blobs / digest
+        return (self._passing if passing else self._blobs) / digest
 
-    def part_path(self, digest: Digest) -> Path:
+    def part_path(self, digest: Digest, *, passing: bool = False) -> Path:
         """Where an unfinished fetch of the blob is kept."""
-        return self.path(digest).with_suffix(".part")
+        return self.path(digest, passing=passing).with_suffix(".part")
+
+    def forget_passing(self) -> None:
+        """What jobs of an earlier run of the daemon left."""
+        for path in self._passing.iterdir():
+            path.unlink(missing_ok=True)
 
     def fetch_lock(self, digest: Digest) -> asyncio.Lock:
         """Held by whoever fetches the blob; lives as long as somebody holds or awaits it."""
@@ -67,11 +75,11 @@ class BlobStore:
 
     def locate(self, digest: Digest) -> tuple[Path, int, int] | None:
         """File, offset and length of a blob, or None if it is not here (any more)."""
-        path = self.path(digest)
-        try:
-            return path, 0, path.stat().st_size
-        except OSError:
-            pass
+        for path in (self.path(digest), self.path(digest, passing=True)):
+            try:
+                return path, 0, path.stat().st_size
+            except OSError:
+                pass
         with self._lock:
             found = self._ranges.get(digest)
         if found is None or not _unchanged(found):
@@ -95,16 +103,17 @@ class BlobStore:
             write_atomically(self.path(digest), data)
         return digest
 
-    def put_file(self, path: Path) -> Digest:
+    def put_file(self, path: Path, *, passing: bool = False) -> Digest:
         """Move a file into the store; gives its digest. The file stays where it is on failure."""
         try:
             digest = hash_range(path, 0, path.stat().st_size)
+            target = self.path(digest, passing=passing)
             try:
-                self._adopt(path, digest)
+                _adopt(path, target)
             except OSError as failure:
                 if failure.errno != errno.EXDEV:
                     raise
-                self._copy(path, digest)
+                self._copy(path, target)
                 path.unlink()
         except OSError as failure:
             raise storage_error(path, failure) from None
@@ -112,39 +121,41 @@ class BlobStore:
 
     def remove(self, digest: Digest) -> None:
         """Forget a blob that has a file of its own."""
-        self.path(digest).unlink(missing_ok=True)
+        for passing in (False, True):
+            self.path(digest, passing=passing).unlink(missing_ok=True)
 
-    def finish(self, digest: Digest) -> Path:
+    def finish(self, digest: Digest, *, passing: bool = False) -> Path:
         """Verify a complete `.part` file and give it its name; `CorruptFileError` removes it."""
-        part = self.part_path(digest)
+        part, path = self.part_path(digest, passing=passing), self.path(digest, passing=passing)
         try:
             if hash_range(part, 0, part.stat().st_size) != digest:
                 part.unlink()
                 raise CorruptFileError(
                     f"a received blob is not what was promised ({digest[:12]})", "try again"
                 )
-            self._adopt(part, digest)
+            _adopt(part, path)
         except OSError as failure:
             raise storage_error(part, failure) from None
-        return self.path(digest)
+        return path
 
-    def _copy(self, path: Path, digest: Digest) -> None:
+    def _copy(self, path: Path, target: Path) -> None:
         """Take in a file of another file system, which cannot be renamed into this one."""
         temporary = self._blobs / f".{secrets.token_hex(8)}.tmp"
         try:
             shutil.copyfile(path, temporary)
-            if hash_range(temporary, 0, temporary.stat().st_size) != digest:
+            if hash_range(temporary, 0, temporary.stat().st_size) != target.name:
                 raise CorruptFileError(f"{path} changed while it was stored", "try again")
-            self._adopt(temporary, digest)
+            _adopt(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _adopt(self, file: Path, digest: Digest) -> None:
-        """Give a hashed file its name in the store, once its bytes are on the disk."""
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-        file.replace(self.path(digest))
-        sync_folder(self._blobs)
+
+def _adopt(file: Path, path: Path) -> None:
+    """Give a hashed file its name in the store, once its bytes are on the disk."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+    file.replace(path)
+    sync_folder(path.parent)
 
 
 def hash_range(path: Path, offset: int, length: int) -> Digest:

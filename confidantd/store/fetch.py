@@ -26,34 +26,37 @@ async def fetch(
     digest: Digest,
     size_bytes: int,
     progress: Callable[[int], None] = lambda _: None,
+    *,
+    passing: bool = False,
 ) -> Path:
     """The file of a blob, fetched if it is not here yet; `progress` gets the bytes so far.
 
     What an interrupted fetch left is kept and gone on with. `CorruptFileError` when
     the peer's bytes do not have the digest. Callers that want one blob share its fetch.
     """
+    path = store.path(digest, passing=passing)
     async with store.fetch_lock(digest):
         for attempt in range(ATTEMPTS):
-            if await asyncio.to_thread(store.path(digest).exists):
+            if await asyncio.to_thread(path.exists):
                 break
-            resumed = await _fill(store, read_range, digest, size_bytes, progress)
+            part = store.part_path(digest, passing=passing)
+            resumed = await _fill(part, read_range, digest, size_bytes, progress)
             try:
-                await asyncio.to_thread(store.finish, digest)
+                await asyncio.to_thread(store.finish, digest, passing=passing)
             except CorruptFileError:
                 if not resumed or attempt + 1 == ATTEMPTS:
                     raise
-    return store.path(digest)
+    return path
 
 
 async def _fill(
-    store: BlobStore,
+    part: Path,
     read_range: ReadRange,
     digest: Digest,
     size_bytes: int,
     progress: Callable[[int], None],
 ) -> bool:
     """Bring the `.part` file to its full size; True if it had some bytes already."""
-    part = store.part_path(digest)
     have = await asyncio.to_thread(_size, part, size_bytes)
     resumed = have > 0
     async with aclosing(_ranges(read_range, digest, have, size_bytes)) as ranges:

@@ -130,3 +130,19 @@ def test_a_store_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageError):
         BlobStore(tmp_path / "file")
+
+
+def test_what_passes_is_gone_after_a_restart(store: BlobStore, tmp_path: Path) -> None:
+    file = tmp_path / "state"
+    file.write_bytes(b"of a job")
+    digest = store.put_file(file, passing=True)
+    kept = store.put_bytes(b"kept")
+    found = store.locate(digest)
+    assert found is not None
+    assert found[0].read_bytes() == b"of a job"
+    assert blob_files(store) == [kept]
+    again = BlobStore(store.root)
+    assert again.locate(digest) == found, "another process of the same daemon takes nothing away"
+    again.forget_passing()
+    assert again.locate(digest) is None
+    assert again.locate(kept) is not None
