@@ -49,6 +49,8 @@ async def move(
         devices = {stage.device for stage in plan.stages}
         key = (log.record.id, plans.epoch)
         await asyncio.shield(stop_stages(plans.services.peers, devices, *key))
+        if pipeline is not None:
+            await asyncio.shield(pipeline.stop())
         if not isinstance(failure, ConfidantError) or launched.pipeline.failed:
             raise
         failed = None if pipeline is None else pipeline.failed_stage

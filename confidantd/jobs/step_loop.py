@@ -70,11 +70,13 @@ class StepLoop:
         leaving = self._leaving()
         if leaving:
             await self._leave(leaving)
-        elif self._watch.due or (self._unsettled and self._steps_seen >= SETTLED_STEPS):
-            if self._unsettled:
-                await self._plans.measure_newcomers()
+        elif self._unsettled and self._steps_seen >= SETTLED_STEPS:
             self._unsettled = False
+            await self._plans.measure_newcomers()
+            await self._reconsider("other devices are there than when it was planned")
+        elif self._watch.due:
             await self._reconsider()
+            self._watch = self._watch.stays()
 
     def _leaving(self) -> dict[DeviceId, str]:
         """Devices that hold a stage and have begun to take no work for others, and why."""
@@ -160,20 +162,21 @@ class StepLoop:
                 )
             )
 
-    async def _reconsider(self) -> None:
-        """Stages or links drift: go on with another plan, if there is one that pays."""
+    async def _reconsider(self, reason: str = "") -> None:
+        """Go on with another plan, if there is one that pays; without a reason, stages or links
+        drift.
+        """
         left = self._course.steps - self._feeder.fed
-        worth_a_look = left * self._step_seconds > LEAST_LEFT_SECONDS
-        if worth_a_look and self._watch.farthest == LINKS:
+        if left * self._step_seconds <= LEAST_LEFT_SECONDS:
+            return
+        if not reason and self._watch.farthest == LINKS:
             await self._drain()
             await self._plans.measure_links(self.launched)
-        if worth_a_look and await self._plans.better_plan(self.launched, left):
+        if await self._plans.better_plan(self.launched, left):
             await self._drain()
-            moved = await move(self._plans, self.launched, self.progress.done, self._reason())
+            why, done = reason or self._reason(), self.progress.done
+            moved = await move(self._plans, self.launched, done, why)
             await self._adopt(moved or self.launched)
-            if moved is not None:
-                return
-        self._watch = self._watch.stays()
 
     async def _drain(self) -> None:
         while not self._drained:

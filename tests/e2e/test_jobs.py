@@ -187,6 +187,11 @@ def test_records_data_and_evaluation(devices: list[Device], small: Small, tmp_pa
             END_SECONDS,
             "no unfinished blob",
         )
+        wait_until(
+            lambda found=blobs.parent / "passing": not list(found.iterdir()),
+            END_SECONDS,
+            "no state of a job",
+        )
         new = (path for path in blobs.iterdir() if path.name not in lent)
         model_and_programs = sum(path.stat().st_size for path in new)
         assert model_and_programs < 2_000_000, "trained tensors outlive the job"
