@@ -74,8 +74,7 @@ class StepLoop:
             self._unsettled = False
             await self._plans.measure_newcomers()
             await self._reconsider("other devices are there than when it was planned")
-        elif self._watch.due:
-            await self._reconsider()
+        elif self._watch.due and not await self._reconsider():
             self._watch = self._watch.stays()
 
     def _leaving(self) -> dict[DeviceId, str]:
@@ -162,21 +161,23 @@ class StepLoop:
                 )
             )
 
-    async def _reconsider(self, reason: str = "") -> None:
-        """Go on with another plan, if there is one that pays; without a reason, stages or links
-        drift.
+    async def _reconsider(self, reason: str = "") -> bool:
+        """Go on with another plan, if there is one that pays, and say whether; without a reason,
+        stages or links drift.
         """
         left = self._course.steps - self._feeder.fed
         if left * self._step_seconds <= LEAST_LEFT_SECONDS:
-            return
+            return False
         if not reason and self._watch.farthest == LINKS:
             await self._drain()
             await self._plans.measure_links(self.launched)
-        if await self._plans.better_plan(self.launched, left):
-            await self._drain()
-            why, done = reason or self._reason(), self.progress.done
-            moved = await move(self._plans, self.launched, done, why)
-            await self._adopt(moved or self.launched)
+        if not await self._plans.better_plan(self.launched, left):
+            return False
+        await self._drain()
+        why, done = reason or self._reason(), self.progress.done
+        moved = await move(self._plans, self.launched, done, why)
+        await self._adopt(moved or self.launched)
+        return moved is not None
 
     async def _drain(self) -> None:
         while not self._drained:
