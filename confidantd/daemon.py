@@ -129,6 +129,7 @@ class Daemon:
             self._leave,
         )
         self._api = ControlApi(home / "control.sock", view, self._jobs)
+        self._network.on_connected(self._router.device_met)
         self._network.on_disconnected(self._device_lost)
         self._services = TaskSet("services")
 
@@ -165,6 +166,7 @@ class Daemon:
         """Jobs first, so that their stages everywhere are released while the network is up."""
         await self._hand_over()
         await self._jobs.close()
+        await self._router.close()
         await self._host.close()
         await self._api.close()
         await self._services.close()

@@ -52,6 +52,7 @@ RIGHTS: Mapping[str, Right] = {
     "stage.command": Right.OWNER,
     "stage.spares": Right.OWNER,
     "stage.pulse": Right.OWNER,
+    "job.running": Right.MEMBER,  # of its own jobs
     "stage.stop": Right.OWNER,
     # of the owner of a job
     "stage.event": Right.HOLDER,
@@ -61,7 +62,7 @@ RIGHTS: Mapping[str, Right] = {
 # What keeps a device busy: a member that asks without end is told to wait.
 HEAVY = frozenset(
     ("device.speeds", "device.measure", "device.link", "programs.compile", "job.plan",
-     "job.negotiate", "stage.backends")
+     "job.negotiate", "stage.backends", "stage.spares")
 )  # fmt: skip
 HEAVY_ALLOWANCE = (5.0, 200.0)  # of one member: a second, and at once
 MOST_MEMBERS = 512

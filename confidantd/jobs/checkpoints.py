@@ -103,6 +103,7 @@ class Checkpoints:
 
     def remove(self) -> None:
         """All of them: the job is done."""
+        self._store.unregister(self._folder)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _state_file(self, steps: int) -> Path:
@@ -157,6 +158,7 @@ class Checkpoints:
         places = self._places()
         later = [place for place in places if int(place.name) > steps]
         for place in [*later, *[p for p in places if p not in later][:-KEPT]]:
+            self._store.unregister(place)
             with contextlib.suppress(OSError):
                 shutil.rmtree(place)
 

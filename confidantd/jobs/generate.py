@@ -44,19 +44,19 @@ class GenerateJob:
             plans = JobPlans(
                 self._services, self._log, workload, options.devices, OptimizerSpec(), options.seed
             )
-            launched = await Launcher(plans).launch()
-            plans.make_do = True
             try:
-                launched = await self._generate(plans, launched, prompt, text)
+                launched = await Launcher(plans).launch()
+                plans.make_do = True
+                await self._generate(plans, launched, prompt, text)
             finally:
-                await asyncio.shield(launched.pipeline.stop())
+                await asyncio.shield(plans.close())
         finally:
             await asyncio.shield(text.close())
 
     async def _generate(
         self, plans: JobPlans, launched: Launched, prompt: list[int], text: TextProcess
-    ) -> Launched:
-        """All tokens, over as many pipelines as it takes; gives the last one.
+    ) -> None:
+        """All tokens, over as many pipelines as it takes.
 
         A new one is given the tokens so far as a part of the prompt.
         """
@@ -76,7 +76,6 @@ class GenerateJob:
                 cause, done = await recovery.cause(launched, failure), len(stream.tokens)
                 launched = await recovery.recover(launched, cause, done, None, goes_on_at=done)
         self._log.emit(stream.summary(launched, len(prompt)))
-        return launched
 
     async def _start(
         self, launched: Launched, spec: ModelSpec, prompt: list[int], tokens: list[int]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import logging
@@ -27,6 +28,7 @@ from confidantd.jobs.spares import wanted_spares
 from confidantd.jobs.stage_notes import StageNotes
 from confidantd.planner.plan import Plan
 from confidantd.planner.replan import continued, worth_moving
+from confidantd.tasks import TaskSet
 from confidantd.wire.codec import from_map, to_map
 from confidantd.wire.jobs import (
     CurrentStage,
@@ -87,6 +89,8 @@ class JobPlans:
         self.without: dict[DeviceId, str] = {}  # cannot hold a stage, and why
         self.refused: dict[DeviceId, str] = {}  # handed their stage over, and why
         self.material: Material | None = None
+        self._pipelines: list[Pipeline] = []
+        self._tasks = TaskSet("plans")
         self._links: dict[tuple[DeviceId, DeviceId], LinkSeen] = {}
 
     @property
@@ -145,6 +149,15 @@ class JobPlans:
                 _log.info("job %s is planned anew: %s", self.log.record.id, failure)
         return await self.ask("job.negotiate", current)
 
+    def leave_out(self, plan: Plan, failed: tuple[int, ConfidantError]) -> None:
+        """Plan without the device of a failed stage from now on."""
+        self.without[plan.stages[failed[0]].device] = f"its stage failed: {failed[1].message}"
+
+    async def close(self) -> None:
+        """End every pipeline that was made."""
+        await self._tasks.close()
+        await asyncio.gather(*(p.stop() for p in self._pipelines if not p.stopped))
+
     @property
     def unwanted(self) -> dict[DeviceId, str]:
         """Devices that get no stage, and why."""
@@ -175,8 +188,11 @@ class JobPlans:
             self.services, self.log, self.workload, self.present(), self.material.programs
         )
 
-    async def lay_up_spares(self, launched: Launched) -> None:
+    def lay_up_spares(self, launched: Launched) -> None:
         """Let devices fetch what they need when others are lost; only a hint."""
+        self._tasks.start(self._lay_up_spares(launched), "spares")
+
+    async def _lay_up_spares(self, launched: Launched) -> None:
         if self.workload.method != "lora" or self.material is None:
             return
         stages, tensors = launched.plan.stages, self.material.tensors
@@ -279,7 +295,9 @@ class JobPlans:
             for index, (stage, assignment) in enumerate(zip(plan.stages, found, strict=True))
         ]
         notes, progress = StageNotes(self.log, plan), _Progress(self.log).add
-        return Pipeline(self.services.peers, self.services.router, placed, progress, notes)
+        made = Pipeline(self.services.peers, self.services.router, placed, progress, notes)
+        self._pipelines = [*(p for p in self._pipelines if not p.stopped), made]
+        return made
 
     def launched(self, pipeline: Pipeline, plan: Plan) -> Launched:
         """A pipeline that has started."""

@@ -6,39 +6,32 @@ import asyncio
 from dataclasses import replace
 
 from confidantd.errors import ConfidantError
-from confidantd.ids import DeviceId
-from confidantd.jobs.checkpoints import Checkpoint
+from confidantd.jobs.faults import OWN_FAULTS
 from confidantd.jobs.job_plans import JobPlans, Launched
 from confidantd.jobs.pipeline import Pipeline
 from confidantd.jobs.prepare import prepare
 from confidantd.planner.plan import Plan
 
-# What a stage that failed on its own says; a lost link is a symptom of something else.
-OWN_FAULTS = ("does-not-fit", "worker-failed", "backend-failed")
-
 
 class Launcher:
     """Brings up the first pipeline of a job, without the devices whose stages fail."""
 
-    def __init__(self, plans: JobPlans, checkpoint: Checkpoint | None = None) -> None:
+    def __init__(self, plans: JobPlans) -> None:
         self._plans = plans
-        self._checkpoint = checkpoint
         self._failed: ConfidantError | None = None
 
     async def launch(self) -> Launched:
-        """A pipeline at the first step, or at that of the checkpoint; emits `progress` and `plan`
-        events on the way.
+        """A pipeline at the first step; emits `progress` and `plan` events on the way.
 
         A device whose stage fails on its own is left out, and the rest is planned anew.
         """
-        plans, checkpoint = self._plans, self._checkpoint
-        state, steps = ({}, 0) if checkpoint is None else (checkpoint.entries, checkpoint.steps)
+        plans = self._plans
         while True:
             if plans.material is None:
                 await self.prepare()
             plan = await self._planned("job.negotiate")
             await plans.show(plan)
-            pipeline = plans.pipeline(plan, state, None, steps)
+            pipeline = plans.pipeline(plan, {}, None, 0)
             try:
                 await pipeline.start()
             except BaseException as failure:
@@ -76,18 +69,11 @@ class Launcher:
         failed, plans = pipeline.failed_stage, self._plans
         if failed is None or failed[1].code not in OWN_FAULTS or plans.devices:
             return False
-        self._failed = leave_out(plans, plan, failed)
+        plans.leave_out(plan, failed)
+        self._failed = failed[1]
         await plans.next_epoch()
-        if plans.asked.microbatches == 0 and self._checkpoint is None:
+        if plans.asked.microbatches == 0:
             plans.workload, plans.material = plans.asked, None
         name = plan.stages[failed[0]].name
-        steps = 0 if self._checkpoint is None else self._checkpoint.steps
-        plans.emit_replan(f"{name} is left out ({failed[1].message})", steps)
+        plans.emit_replan(f"{name} is left out ({failed[1].message})", 0)
         return True
-
-
-def leave_out(plans: JobPlans, plan: Plan, failed: tuple[int, ConfidantError]) -> ConfidantError:
-    """Plan without the device of a failed stage from now on; gives the failure."""
-    device: DeviceId = plan.stages[failed[0]].device
-    plans.without[device] = f"its stage failed: {failed[1].message}"
-    return failed[1]

@@ -19,6 +19,7 @@ from confidantd.tasks import TaskSet
 from confidantd.wire.codec import from_map, to_map
 from confidantd.wire.jobs import (
     Pulse,
+    RunningJobs,
     StageCommand,
     StageEvent,
     StageProgress,
@@ -64,6 +65,8 @@ class PipelineRouter:
     """Brings `stage.event` and `stage.progress` notifications to the pipeline they belong to."""
 
     def __init__(self, peers: Peers) -> None:
+        self._peers = peers
+        self._tasks = TaskSet("router")
         self._pipelines: dict[tuple[JobId, int], Pipeline] = {}
         peers.authority.decide(Right.HOLDER, self._held_by)
         peers.on_notify("stage.event", self._event)
@@ -76,6 +79,18 @@ class PipelineRouter:
     def remove(self, pipeline: Pipeline) -> None:
         """Drop what still comes for `pipeline`."""
         self._pipelines.pop(pipeline.key, None)
+
+    def device_met(self, device: DeviceId) -> None:
+        """It may still hold stages of epochs that are over: the connection broke in between."""
+        epochs: dict[JobId, int] = {}
+        for job, epoch in self._pipelines:
+            epochs[job] = min(epoch, epochs.get(job, epoch))
+        message = to_map(RunningJobs(epochs))
+        self._tasks.start(self._peers.notify(device, "job.running", message), "met")
+
+    async def close(self) -> None:
+        """Tell nobody anything any more."""
+        await self._tasks.close()
 
     def device_lost(self, device: DeviceId, name: str) -> None:
         """Fail every pipeline that has a stage on `device`."""

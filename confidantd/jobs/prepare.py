@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 
 from confidantd.errors import ConfidantError
-from confidantd.ids import DeviceId
+from confidantd.ids import DeviceId, digest_of
 from confidantd.jobs.assign import Material
 from confidantd.jobs.moving import Wanted
 from confidantd.jobs.plan_inputs import plan_devices
@@ -34,6 +35,17 @@ async def prepare(
     tensors, adapter = await _index(services, log, workload)
     await measure_devices(services, log, workload, devices, programs)
     return Material(programs, tensors, adapter)
+
+
+async def fingerprint(services: JobServices, log: JobLog, workload: Workload) -> str:
+    """SHA-256 of all that a job trains on, but for its text: the model, the adapter it begins
+    with, and what is trained of them.
+    """
+    tensors, adapter = await _index(services, log, workload)
+    digests = {name: e.digest for found in (tensors, adapter) for name, e in found.items()}
+    lora = None if workload.lora is None else to_map(workload.lora)
+    whole = [digests, to_map(workload.spec), workload.method, lora, workload.sequence_length]
+    return digest_of(json.dumps(whole, sort_keys=True).encode())
 
 
 async def _programs(

@@ -9,13 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
 
 from confidantd.errors import ConfidantError
-from confidantd.ids import DeviceId
 from confidantd.jobs.checkpoints import Checkpoint
+from confidantd.jobs.faults import CURABLE, OWN_FAULTS, Faults
 from confidantd.jobs.job_plans import JobPlans, Launched
-from confidantd.jobs.launch import OWN_FAULTS, Launcher, leave_out
+from confidantd.jobs.launch import Launcher
 from confidantd.jobs.pipeline import Pipeline, stop_stages
 from confidantd.jobs.services import emit_progress
 from confidantd.planner.plan import Plan
@@ -28,12 +27,6 @@ FIRST_PAUSE_SECONDS, MOST_PAUSE_SECONDS = 0.2, 2.0
 REUNION_SECONDS = 10.0
 SETTLE_SECONDS = 0.5  # how long commands of a broken pipeline wait for the cause
 MOST_IN_VAIN = 5  # losses in a row without a step done between them
-FAULTS_OF_A_DEVICE = 2  # a worker may be killed once, for whatever reason, and start again
-# What another epoch may mend. Anything else is the user's, or this device's own trouble.
-CURABLE = frozenset(
-    (*OWN_FAULTS, "peer-lost", "peer-refused", "stale-epoch", "protocol", "not-allowed",
-     "declined", "bad-device", "no-coordinator", "corrupt-file")
-)  # fmt: skip
 
 
 class Recovery:
@@ -41,9 +34,9 @@ class Recovery:
 
     def __init__(self, plans: JobPlans) -> None:
         self._plans = plans
-        self._faults: Counter[DeviceId] = Counter()
+        self._faults = Faults()
         self._in_vain = 0
-        self._steps = -1
+        self._went_on_at = self._steps = 0
         self._hopeless = False
 
     async def cause(self, launched: Launched, failure: ConfidantError) -> ConfidantError:
@@ -72,16 +65,18 @@ class Recovery:
         plans.log.record.state = "recovering"
         emit_progress(plans.log, "recover", 0, 1, failure.message)
         self._blame(launched.pipeline, launched.plan)
+        reason = self._reason(launched, failure)
         if checkpoint is None:
             await launched.pipeline.stop()
             if plans.asked.microbatches == 0:  # other devices may cut the batch better
                 plans.workload, plans.material = plans.asked, None
-            await plans.next_epoch()
-            plans.emit_replan(failure.message, goes_on_at)
+            self._went_on_at = goes_on_at
             found = await self._patiently(None, None)
+            plans.emit_replan(reason, goes_on_at)
         else:
+            self._went_on_at = checkpoint.steps
             found = await self._patiently(launched, checkpoint)
-            plans.emit_replan(failure.message, checkpoint.steps)
+            plans.emit_replan(reason, checkpoint.steps)
             await plans.show(found.plan)
         plans.log.record.state = "running"
         return found
@@ -107,7 +102,7 @@ class Recovery:
             await asyncio.sleep(FIRST_PAUSE_SECONDS)
 
     def _count(self, steps_done: int) -> None:
-        self._in_vain = self._in_vain + 1 if steps_done <= self._steps else 0
+        self._in_vain = self._in_vain + 1 if steps_done <= self._went_on_at else 0
         self._steps = steps_done
 
     def _blame(self, pipeline: Pipeline, plan: Plan) -> None:
@@ -118,12 +113,21 @@ class Recovery:
         if failed is None or failed[1].code not in OWN_FAULTS:
             return
         device = plan.stages[failed[0]].device
-        self._faults[device] += 1
-        if failed[1].code == "does-not-fit" or self._faults[device] >= FAULTS_OF_A_DEVICE:
+        if self._faults.again(device, failed[1].code, self._steps):
             if self._plans.devices:
                 self._hopeless = True
                 raise failed[1]
-            leave_out(self._plans, plan, failed)
+            self._plans.leave_out(plan, failed)
+
+    def _reason(self, launched: Launched, failure: ConfidantError) -> str:
+        """What happened, and where."""
+        failed = launched.pipeline.failed_stage
+        if failed is None or failed[1] is not failure:
+            return failure.message
+        stage = launched.plan.stages[failed[0]]
+        if stage.device in self._plans.without:
+            return f"{stage.name} is left out ({failure.message})"
+        return f"{stage.name}: {failure.message}"
 
     async def _patiently(
         self, launched: Launched | None, checkpoint: Checkpoint | None
@@ -131,13 +135,13 @@ class Recovery:
         """Try until it works: devices come back, and a coordinator is elected."""
         deadline, pause, said = time.monotonic() + WAIT_SECONDS, FIRST_PAUSE_SECONDS, ""
         while True:
+            if launched is not None and launched.pipeline.stopped:
+                launched = None
             try:
                 return await self._try(launched, checkpoint)
             except ConfidantError as failure:
                 if self._hopeless or failure.code not in CURABLE or time.monotonic() > deadline:
                     raise
-                if launched is not None and launched.pipeline.stopped:
-                    launched = None
                 if failure.message != said:
                     _log.info("job %s waits: %s", self._plans.log.record.id, failure)
                 said = failure.message
@@ -150,7 +154,7 @@ class Recovery:
         plans = self._plans
         await plans.next_epoch()
         if plans.material is None and checkpoint is not None:
-            await Launcher(plans, checkpoint).prepare()
+            await Launcher(plans).prepare()
         if checkpoint is None:
             return await plain_errors(Launcher(plans).launch())
         lost = set() if launched is None else self._lost(launched)
@@ -162,9 +166,8 @@ class Recovery:
             )
             await plain_errors(pipeline.start())
         except BaseException:
-            await asyncio.shield(self._stop(launched, {s.device for s in plan.stages}))
+            await asyncio.shield(self._stop(launched, pipeline, plan))
             if pipeline is not None:
-                await asyncio.shield(pipeline.stop())
                 self._blame(pipeline, plan)
             raise
         if launched is not None:
@@ -187,9 +190,11 @@ class Recovery:
         away = {index for index, stage in stages if stage.device not in there}
         return away | launched.pipeline.ended_stages
 
-    async def _stop(self, launched: Launched | None, devices: set[DeviceId]) -> None:
+    async def _stop(self, launched: Launched | None, pipeline: Pipeline | None, plan: Plan) -> None:
         """What an attempt left half done cannot be gone on with."""
-        plans = self._plans
+        plans, devices = self._plans, {stage.device for stage in plan.stages}
         if launched is not None:
             await launched.pipeline.stop()
+        if pipeline is not None:
+            await pipeline.stop()
         await stop_stages(plans.services.peers, devices, plans.log.record.id, plans.epoch)

@@ -12,10 +12,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
-from confidantd.errors import ConfidantError, PeerLostError
+from confidantd.errors import ConfidantError, PeerLostError, StorageError
 from confidantd.ids import DeviceId, Digest
 from confidantd.jobs.checkpoints import Checkpoint, Checkpoints
 from confidantd.jobs.job_plans import Launched
@@ -26,6 +25,8 @@ from confidantd.jobs.setup import Workload
 from confidantd.models.spec import Method
 from confidantd.store.fetch import fetch
 from confidantd.tasks import TaskSet
+from confidantd.wire.messages import clean_text
+from confidantd.wire.resources import MAX_REASON_CHARACTERS
 from confidantd.wire.stage import StateEntry
 from confidantd.wire.worker import Snapshot, Snapshotted, StateBlob
 
@@ -33,6 +34,7 @@ _log = logging.getLogger(__name__)
 
 # Of the time, at most: adapters are small, whole models come in the background of many steps.
 SHARES: dict[Method, float] = {"lora": 0.5, "full": 0.1}
+MOST_NOTICES = 20  # of different problems between two checkpoints
 
 
 class Pace:
@@ -51,16 +53,20 @@ class Pace:
         self._next = begin + (end - begin) / self._share
 
 
-@dataclass(slots=True)
 class _Pending:
     """A snapshot that is under way; `began` when the first stage had written its part."""
 
-    steps: int
-    stages: int
-    began: float = 0.0
-    there: dict[int, dict[str, StateEntry]] = field(default_factory=dict)
-    fetched_bytes: int = 0
-    fetched: set[Digest] = field(default_factory=set)
+    def __init__(self, steps: int, launched: Launched) -> None:
+        self.steps, self.launched = steps, launched
+        self.began = 0.0
+        self.there: dict[int, dict[str, StateEntry]] = {}
+        self.fetched: dict[Digest, int] = {}
+        self.tasks = TaskSet(f"snapshot-{steps}")
+
+    @property
+    def complete(self) -> bool:
+        """Whether every stage's part is here."""
+        return len(self.there) == len(self.launched.pipeline)
 
 
 class Replication:
@@ -81,7 +87,8 @@ class Replication:
         self._pace = Pace(SHARES[workload.method or "full"])
         self._launched: Launched | None = None
         self._pending: _Pending | None = None
-        self._problem = ""
+        self._writing: asyncio.Future[Checkpoint] | None = None
+        self._problems: set[str] = set()
         self._tasks = TaskSet("replication")
         self.last: dict[str, Any] | None = None  # what `step` events tell of it
 
@@ -91,9 +98,16 @@ class Replication:
         self._launched = launched
 
     async def close(self) -> None:
-        """Drop what is under way."""
+        """Drop what is under way; a checkpoint that is being written counts."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            await pending.tasks.close()
+        if self._writing is not None:
+            await asyncio.wait([self._writing])
+            self._take_written()
+        if pending is not None:
+            await self._forget(pending)
         await self._tasks.close()
-        await self._drop()
 
     async def after(self, steps: int) -> None:
         """These steps were sent to the stages: a snapshot may follow them."""
@@ -101,34 +115,31 @@ class Replication:
         if self._launched is None or self._pending is not None or not self._pace.due(now):
             return
         keep = () if self.committed is None else (self.committed.steps,)
-        self._pending = _Pending(steps, len(self._launched.pipeline))
+        self._pending = _Pending(steps, self._launched)
         await self._launched.pipeline.broadcast(Snapshot(steps, keep))
 
     def heard(self, stage: int, event: Snapshotted) -> None:
         """A stage has written its part."""
         pending = self._pending
-        if pending is None or event.steps != pending.steps or self._launched is None:
+        if pending is None or event.steps != pending.steps or stage in pending.there:
             return
         pending.began = pending.began or time.monotonic()
-        self._tasks.start(self._bring(self._launched, pending, stage, event), f"stage-{stage}")
+        pending.tasks.start(self._bring(pending, stage, event), f"stage-{stage}")
 
-    async def _bring(
-        self, launched: Launched, pending: _Pending, stage: int, event: Snapshotted
-    ) -> None:
+    async def _bring(self, pending: _Pending, stage: int, event: Snapshotted) -> None:
         """Fetch one stage's part; with the last one write the checkpoint."""
+        planned, workload = pending.launched.plan.stages[stage], self._workload
         try:
             if event.problem:
-                raise ConfidantError(f"{launched.plan.stages[stage].name}: {event.problem}")
-            workload = self._workload
-            sizes = whole_stage(
-                workload.spec, workload.method, workload.lora, launched.plan.stages[stage]
-            )
-            device = launched.plan.stages[stage].device
-            entries = handed_over(event.blobs, sizes, device)
+                raise StorageError(
+                    f"{planned.name}: {clean_text(event.problem, MAX_REASON_CHARACTERS)}"
+                )
+            sizes = whole_stage(workload.spec, workload.method, workload.lora, planned)
+            entries = handed_over(event.blobs, sizes, planned.device)
             for blob in event.blobs:
-                await self._fetch(device, pending, blob)
+                await self._fetch(planned.device, pending, blob)
             pending.there[stage] = entries
-            if len(pending.there) == pending.stages:
+            if pending.complete:
                 await self._commit(pending)
         except ConfidantError as failure:
             self._failed(pending, failure)
@@ -137,7 +148,7 @@ class Replication:
         store, peers = self._services.store, self._services.peers
         assert blob.digest is not None
         if await asyncio.to_thread(store.locate, blob.digest) is None:
-            pending.fetched.add(blob.digest)
+            pending.fetched[blob.digest] = blob.bytes
             await fetch(
                 store,
                 lambda digest, offset, length: peers.read_blob(device, digest, offset, length),
@@ -145,16 +156,17 @@ class Replication:
                 blob.bytes,
                 passing=True,
             )
-            pending.fetched_bytes += blob.bytes
 
     async def _commit(self, pending: _Pending) -> None:
         entries = {name: e for found in pending.there.values() for name, e in found.items()}
         before = 0 if self.committed is None else self.committed.steps
         facts = {**self._facts, "epoch": self._log.record.epoch}
-        self.committed = await asyncio.to_thread(
-            self._checkpoints.write, pending.steps, entries, facts
-        )
-        now = time.monotonic()
+        writing = asyncio.to_thread(self._checkpoints.write, pending.steps, entries, facts)
+        self._writing = asyncio.ensure_future(writing)
+        await asyncio.shield(self._writing)
+        self._take_written()
+        assert self.committed is not None
+        now, sent = time.monotonic(), sum(pending.fetched.values())
         self._pace.took(pending.began, now)
         seconds = now - pending.began
         self.last = {
@@ -162,31 +174,48 @@ class Replication:
             "every_steps": pending.steps - before,
             "seconds": round(seconds, 3),
             "bytes": sum(self.committed.blobs.values()),
-            "sent_bytes": pending.fetched_bytes,
-            "mbps": round(8e-6 * pending.fetched_bytes / max(seconds, 1e-3), 1),
+            "sent_bytes": sent,
+            "mbps": round(8e-6 * sent / max(seconds, 1e-3), 1),
         }
-        self._log.record.committed = pending.steps
-        self._problem = ""
-        await self._drop()
+        self._problems.clear()
+        self._end(pending)
+
+    def _take_written(self) -> None:
+        """What was written is where the job goes on, also where nobody waited for it."""
+        writing, self._writing = self._writing, None
+        if writing is not None and writing.exception() is None:
+            self.committed = writing.result()
+            self._log.record.committed = self.committed.steps
 
     def _failed(self, pending: _Pending, failure: ConfidantError) -> None:
         """The job goes on without this one. Lost devices are told of elsewhere."""
         if self._pending is not pending:
             return
-        self._tasks.start(self._drop(), "drop")
+        self._writing = None
         self._pace.took(pending.began, time.monotonic() + 1.0)
-        if isinstance(failure, PeerLostError) or failure.message == self._problem:
+        self._end(pending)
+        known = failure.message in self._problems or len(self._problems) >= MOST_NOTICES
+        if isinstance(failure, PeerLostError) or known:
             _log.info("no checkpoint after %d steps: %s", pending.steps, failure)
             return
-        self._problem = failure.message
+        self._problems.add(failure.message)
         text = f"no checkpoint after {pending.steps} steps, the job goes on: {failure.message}"
         place = {"device": self._services.self_id, "name": self._log.record.owner}
         self._log.emit({"event": "notice", "code": "no-checkpoint", "message": text, **place})
 
-    async def _drop(self) -> None:
+    def _end(self, pending: _Pending) -> None:
+        """The next snapshot may begin; what this one fetched goes meanwhile."""
+        self._pending = None
+        self._tasks.start(self._clean_up(pending), f"end-{pending.steps}")
+
+    async def _clean_up(self, pending: _Pending) -> None:
+        await pending.tasks.close()
+        await self._forget(pending)
+
+    async def _forget(self, pending: _Pending) -> None:
         """A checkpoint has files of its own: what was fetched for it may go from the store."""
-        pending, self._pending = self._pending, None
-        for digest in pending.fetched if pending else ():
-            await asyncio.to_thread(self._services.store.remove, digest)
-            part = self._services.store.part_path(digest, passing=True)
+        store = self._services.store
+        for digest in pending.fetched:
+            await asyncio.to_thread(store.remove, digest)
+            part = store.part_path(digest, passing=True)
             await asyncio.to_thread(part.unlink, missing_ok=True)

@@ -57,6 +57,7 @@ class Jobs:
         self._logs: dict[JobId, JobLog] = {}
         self._running: dict[JobId, asyncio.Task[None]] = {}
         self._tasks = TaskSet("jobs")
+        self._resuming: set[JobId] = set()
         self._closing = False
 
     async def load(self) -> None:
@@ -71,7 +72,7 @@ class Jobs:
                 _log.warning("job %s is not resumed: %s", log.record.id, failure)
                 log.record.state = "failed"
                 log.record.message = f"the daemon ended while the job ran ({failure})"
-                await log.save()
+                await self._keep(log)
 
     def list(self) -> list[dict[str, Any]]:
         """Records, the newest first."""
@@ -109,31 +110,44 @@ class Jobs:
         await asyncio.to_thread(check_training, options)
         log = self._new("train", options.model)
         log.record.output = options.output
-        await asyncio.to_thread(_keep_request, log.folder, request)
+        try:
+            await asyncio.to_thread(_keep_request, log.folder, request)
+        except ConfidantError:
+            del self._logs[log.record.id]
+            raise
         self._start(log, TrainJob(options, log, self._services).run)
         return log
 
     async def resume(self, job: str) -> JobLog:
         """Go on with a job that has failed, from its last checkpoint."""
         log = self.get(job)
-        if log.record.id in self._running:
+        if log.record.id in self._running or log.record.id in self._resuming:
             raise UsageError(f"the job {job[:40]} is running", f"`confidant jobs watch {job[:40]}`")
-        if log.record.state == "done":
-            raise UsageError(f"the job {job[:40]} is done")
+        if log.record.state != "failed":
+            raise UsageError(f"the job {job[:40]} is {log.record.state}", "start a new one")
         await self._resume(log)
         return log
 
     async def _resume(self, log: JobLog) -> None:
-        """ConfidantError if that cannot be; then the log is as it was."""
+        """ConfidantError if that cannot be; then the record is as it was."""
         if log.record.kind != "train":
             raise UsageError("only training is resumed", "start it again")
-        request = await asyncio.to_thread(_kept_request, log.folder)
-        options = options_from(TrainOptions, request)
-        await asyncio.to_thread(check_training, options)
-        await log.reopen()
-        log.record.state, log.record.message = "recovering", None
-        await log.save()
-        self._start(log, TrainJob(options, log, self._services, resumed=True).run)
+        before = log.record.state, log.record.message
+        self._resuming.add(log.record.id)
+        try:
+            request = await asyncio.to_thread(_kept_request, log.folder)
+            options = options_from(TrainOptions, request)
+            await asyncio.to_thread(check_training, options, resumed=True)
+            await log.reopen()
+            log.record.state, log.record.message = "recovering", None
+            await log.save()
+            self._start(log, TrainJob(options, log, self._services, resumed=True).run)
+        except BaseException:
+            log.record.state, log.record.message = before
+            log.close()
+            raise
+        finally:
+            self._resuming.discard(log.record.id)
 
     async def generate(self, request: Mapping[str, Any]) -> JobLog:
         """Start generating; what can be refused at once is raised here."""
@@ -145,11 +159,14 @@ class Jobs:
         return log
 
     def cancel(self, job: str) -> None:
-        """Cancel a running job; one that has ended stays as it is."""
+        """Cancel a running job; one that failed loses its checkpoints, others stay as they are."""
         log = self.get(job)
         task = self._running.get(log.record.id)
         if task is not None:
             task.cancel()
+        elif log.record.state == "failed" and log.record.id not in self._resuming:
+            log.record.state = "cancelled"
+            self._tasks.start(self._keep(log), f"keep-{log.record.id}")
 
     async def close(self) -> None:
         """End what runs and wait until its stages are released; training goes on next time."""
@@ -201,8 +218,12 @@ class Jobs:
         elif log.record.state not in FINAL_STATES and not self._closing:
             log.record.state = "failed"
             log.emit(failure_event(ConfidantError("an internal error ended the job")))
-        self._running.pop(log.record.id, None)
         log.close()
+        await self._keep(log)
+        self._running.pop(log.record.id, None)
+
+    async def _keep(self, log: JobLog) -> None:
+        """The record of a job that has ended, and what else there is to keep."""
         try:
             await asyncio.to_thread(_remove_data, log.folder, log.record.state)
             await log.save()

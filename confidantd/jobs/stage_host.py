@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from confidantd.errors import CancelledJobError, ProtocolError, StorageError
+from confidantd.errors import CancelledJobError, ConfidantError, ProtocolError, StorageError
 from confidantd.ids import DeviceId, Digest, JobId, is_job_id
 from confidantd.jobs.authority import Right
 from confidantd.jobs.grants import Grants, Held, Place
@@ -29,6 +30,7 @@ from confidantd.wire.jobs import (
     BackendsQuestion,
     Offer,
     OfferAnswer,
+    RunningJobs,
     Spares,
     StageCommand,
     StageEvent,
@@ -46,6 +48,7 @@ from confidantd.wire.worker import (
     Event,
     Export,
     Exported,
+    Failed,
     Load,
     Snapshot,
     Snapshotted,
@@ -94,6 +97,7 @@ class StageHost:
         self._speeds = speeds
         self._grants = Grants()
         self._spares = SpareKeeper(peers, store)
+        self._reading: Counter[Digest] = Counter()  # states, by the starts that read them
         self._released = asyncio.Event()  # since it was cleared
         self._deciding = asyncio.Lock()  # two offers at once must not get the same memory
         self._tasks = TaskSet("stages")
@@ -107,6 +111,7 @@ class StageHost:
         peers.on_request("stage.command", self._command)
         peers.on_request("stage.spares", self._keep_spares)
         peers.on_request("stage.stop", self._stop)
+        peers.on_notify("job.running", self._still_running)
         peers.on_notify("stage.pulse", lambda _device, _params: None)
 
     def granted_bytes(self) -> int:
@@ -140,6 +145,15 @@ class StageHost:
             job = held.offer.job
             _log.warning("job %s: its owner is gone; its stage here ends", job)
             self._tasks.start(self._release(held), f"release-{job}")
+
+    def _still_running(self, owner: DeviceId, params: dict[str, Any]) -> None:
+        """Free the stages of jobs, or of their epochs, that are over."""
+        epochs = from_map(RunningJobs, params).epochs
+        for held in self._grants.of_owner(owner):
+            epoch = (held.next_offer or held.offer).epoch
+            running = epochs.get(held.offer.job)
+            if held.process is not None and (running is None or epoch < running):
+                self._tasks.start(self._release(held), f"release-{held.offer.job}")
 
     async def close(self) -> None:
         """End every worker."""
@@ -186,11 +200,14 @@ class StageHost:
 
     async def _start(self, owner: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
         assignment = from_map(StageAssignment, params)
+        self._spares.drop(assignment.job)  # what it waits for may be what this needs
         place = Place(assignment.job, assignment.epoch, assignment.stage)
         held = self._grants.starting(owner, place)
         assignment = replace(
             assignment, threads=self._threads, memory_bytes=held.offer.memory_bytes
         )
+        digests = {entry.digest for entry in assignment.state}
+        self._reading.update(digests)
         try:
             blobs = await self._blobs.fetch(owner, assignment)
             started = await self._start_worker(held, assignment, blobs)
@@ -198,7 +215,8 @@ class StageHost:
             await self._release(held)
             raise
         finally:
-            await self._forget_state(assignment)
+            self._reading.subtract(digests)
+            await self._forget_state(digests)
         self._grants.started(held)
         self._grants_changed()
         return to_map(started)
@@ -221,14 +239,24 @@ class StageHost:
 
     async def _attend(self, held: Held, process: StageProcess) -> None:
         """Hear the worker to its end; what it held is free then."""
-        await process.run()
+        try:
+            await process.run()
+        except ConfidantError as failure:  # what it wrote could not be kept here
+            place = process.assignment
+            if place is not None:
+                failed = message_map(Failed(**failure.to_wire()))
+                message = StageEvent(place.job, place.epoch, place.stage, failed)
+                await self._peers.notify(held.offer.owner, "stage.event", to_map(message))
         if not held.released:
             await self._release(held)
 
-    async def _forget_state(self, assignment: StageAssignment) -> None:
-        """What was taken over from others is in memory now; here it would outlive the job."""
+    async def _forget_state(self, digests: set[Digest]) -> None:
+        """What was taken over from others is in memory now; here it would outlive the job. The
+        other stage of a job that has both ends here may still read it.
+        """
+        self._reading += Counter()  # drops what nobody reads
         own = {digest for held in self._grants for digest in held.blobs}
-        for digest in {entry.digest for entry in assignment.state} - own:
+        for digest in digests - own - self._reading.keys():
             await asyncio.to_thread(self._store.remove, digest)
 
     def _load(
@@ -289,6 +317,8 @@ class StageHost:
 
     async def _keep_spares(self, _owner: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
         spares = from_map(Spares, params)
+        if any(tensor.bytes <= 0 for tensor in spares.tensors):
+            raise ProtocolError("spare weights of impossible sizes are asked for")
         if spares.job in self.jobs():
             self._spares.keep(spares)
         return {}
@@ -305,6 +335,7 @@ class StageHost:
         self._released.set()
         if held.process is not None:
             await asyncio.shield(held.process.stop())
+            await held.process.heard()
             if held.process.assignment is not None:
                 await asyncio.to_thread(self._speeds.save, held.process.assignment)
         await self._forget_trained(held)
@@ -368,23 +399,31 @@ class _Hearer:
 
     async def _with_stored(self, event: Exported | Snapshotted) -> Event:
         """A snapshot that finds no room on the disk is none; the stage goes on."""
+        kept = self._held.trained
+        if isinstance(event, Snapshotted):
+            kept = self._held.snapshots.setdefault(event.steps, [])
+        blobs: list[StateBlob] = []
         try:
-            blobs = [await self._stored(blob) for blob in event.blobs]
+            for blob in event.blobs:
+                blobs.append(await self._stored(blob))
+                kept += [d for d in (blobs[-1].digest,) if d is not None]
         except StorageError as failure:
+            rest = [Path(blob.path) for blob in event.blobs[len(blobs) :]]
+            await asyncio.to_thread(_unlink, rest)
             if isinstance(event, Exported):
                 raise
             return Snapshotted(event.steps, (), str(failure))
-        digests = [blob.digest for blob in blobs if blob.digest is not None]
-        if isinstance(event, Exported):
-            self._held.trained += digests
-        else:
-            self._held.snapshots[event.steps] = digests
         return replace(event, blobs=tuple(blobs))
 
     async def _stored(self, found: _Written) -> _Written:
         """A file becomes a blob, for others to fetch until the stage is released."""
         digest = await asyncio.to_thread(self._store.put_file, Path(found.path), passing=True)
         return replace(found, path="", digest=digest)
+
+
+def _unlink(paths: list[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def _remove(trained: Path, job: Path, last: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from confidantd.wire.jobs import StageStarted
 from confidantd.wire.stage import StageAssignment
 from confidantd.wire.worker import Command, Event, Failed, Listening, Load, Loaded, Measuring
 
+HEARD_SECONDS = 5.0
 LOAD_SECONDS = 300.0  # a phone reads a 1 GB stage from its flash in about a minute
 
 Hear = Callable[[StageAssignment, Event], Awaitable[None]]
@@ -28,6 +30,7 @@ class StageProcess:
         self._loading: StageAssignment | None = None
         self._started: dict[type[Event], asyncio.Future[Event]] = {}
         self._limit: asyncio.Timeout | None = None
+        self._heard = asyncio.Event()
 
     @classmethod
     async def start(cls, log: Path, hear: Hear) -> StageProcess:
@@ -67,6 +70,7 @@ class StageProcess:
             await self._hear_all()
         finally:
             self._fail_load(Failed("worker-failed", "the worker was stopped", ""))
+            self._heard.set()
 
     async def _hear_all(self) -> None:
         async for event in self._process.events():
@@ -81,6 +85,12 @@ class StageProcess:
                 place = self._assignment or self._loading
                 assert place is not None
                 await self._hear(place, event)
+
+    async def heard(self) -> None:
+        """Until all it said was taken; not for ever: nothing may be heard any more."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(HEARD_SECONDS):
+                await self._heard.wait()
 
     async def stop(self) -> None:
         """End the process."""

@@ -9,10 +9,10 @@ from confidantd.ids import DeviceId
 from confidantd.jobs.course import Course
 from confidantd.jobs.feeder import Feeder
 from confidantd.jobs.job_plans import JobPlans, Launched
-from confidantd.jobs.move import move
 from confidantd.jobs.options import TrainOptions
 from confidantd.jobs.record import JobLog
 from confidantd.jobs.recovery import Recovery
+from confidantd.jobs.relocation import relocate
 from confidantd.jobs.replication import Replication
 from confidantd.jobs.step_progress import StepProgress
 from confidantd.jobs.training_data import TokenBlocks
@@ -61,9 +61,9 @@ class StepLoop:
             if not self._feeder.done:
                 await self._follow()
             await self._feeder.feed_until(self.progress.done + STEPS_AHEAD)
-            if self._steps_seen == SETTLED_STEPS and self._spares_of is not self.launched:
+            if self._steps_seen >= SETTLED_STEPS and self._spares_of is not self.launched:
                 self._spares_of = self.launched
-                await self._plans.lay_up_spares(self.launched)
+                self._plans.lay_up_spares(self.launched)
 
     async def _follow(self) -> None:
         """Go on with another plan where that pays, or must be."""
@@ -92,7 +92,9 @@ class StepLoop:
         names = {stage.device: stage.name for stage in self.launched.plan.stages}
         reason = "; ".join(f"{names[device]} leaves: {why}" for device, why in leaving.items())
         await self._drain()
-        moved = await move(self._plans, self.launched, self.progress.done, reason, in_haste=True)
+        moved = await relocate(
+            self._plans, self.launched, self.progress.done, reason, in_haste=True
+        )
         await self._adopt(moved or self.launched)
         self._unsettled |= moved is not None
 
@@ -175,7 +177,7 @@ class StepLoop:
             return False
         await self._drain()
         why, done = reason or self._reason(), self.progress.done
-        moved = await move(self._plans, self.launched, done, why)
+        moved = await relocate(self._plans, self.launched, done, why)
         await self._adopt(moved or self.launched)
         return moved is not None
 
@@ -184,12 +186,11 @@ class StepLoop:
             await self._hear()
 
     async def _adopt(self, launched: Launched) -> None:
+        if launched is not self.launched:
+            self.launched, self._watch, self._steps_seen = launched, _watch(launched), 0
+            self._feeder.adopt(launched)
+            self.progress.adopt(launched)
         await self._replication.adopt(launched)
-        if launched is self.launched:
-            return
-        self.launched, self._watch, self._steps_seen = launched, _watch(launched), 0
-        self._feeder.adopt(launched)
-        self.progress.adopt(launched)
 
     def _reason(self) -> str:
         """What is farthest from the plan."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from confidantd.errors import ConfidantError, DataError, WorkerError
@@ -13,6 +14,7 @@ from confidantd.jobs.job_plans import JobPlans, Launched
 from confidantd.jobs.launch import Launcher
 from confidantd.jobs.options import TrainOptions, check_files, check_output
 from confidantd.jobs.output import write_adapter, write_checkpoint
+from confidantd.jobs.prepare import fingerprint
 from confidantd.jobs.record import JobLog
 from confidantd.jobs.recovery import Recovery
 from confidantd.jobs.replication import Replication
@@ -44,7 +46,7 @@ class TrainJob:
     async def run(self) -> None:
         """Train and write the output; emits every event but `failed`."""
         options, folder = self._options, self._log.folder
-        workload = await asyncio.to_thread(check_training, options)
+        workload = await asyncio.to_thread(check_training, options, resumed=self._resumed)
         await self._prepare(folder / "train", options.data, workload)
         if options.eval_data is not None:
             await self._prepare(folder / "eval", (options.eval_data,), workload)
@@ -62,30 +64,34 @@ class TrainJob:
         """All steps, over as many plans as it takes, and the output."""
         log, options, workload = self._log, self._options, plans.workload
         committed = await asyncio.to_thread(self._checkpoints.newest)
-        facts = {"job": log.record.id, "data": await asyncio.to_thread(blocks.digest)}
+        facts = {
+            "job": log.record.id,
+            "text": await asyncio.to_thread(blocks.digest),
+            "model": await fingerprint(self._services, log, workload),
+        }
         if committed is not None:
-            await asyncio.to_thread(self._check_same_text, committed, facts["data"])
+            await asyncio.to_thread(self._check_same, committed, facts)
         replication = Replication(
             self._services, log, workload, self._checkpoints, facts, committed
         )
         recovery = Recovery(plans)
-        if self._resumed:
-            launched = await recovery.resume(committed)
-        else:
-            launched = await Launcher(plans).launch()
-        plans.make_do = True
-        loop = StepLoop(
-            plans,
-            launched,
-            log,
-            course,
-            blocks,
-            log.folder / "eval",
-            options,
-            replication,
-            recovery,
-        )
         try:
+            if self._resumed:
+                launched = await recovery.resume(committed)
+            else:
+                launched = await Launcher(plans).launch()
+            plans.make_do = True
+            loop = StepLoop(
+                plans,
+                launched,
+                log,
+                course,
+                blocks,
+                log.folder / "eval",
+                options,
+                replication,
+                recovery,
+            )
             log.record.state = "running"
             await loop.begin()
             while True:
@@ -96,17 +102,29 @@ class TrainJob:
                 except ConfidantError as failure:
                     await loop.recover(failure)
         finally:
-            await asyncio.shield(replication.close())
-            await asyncio.shield(loop.launched.pipeline.stop())
+            await asyncio.shield(self._close(replication, plans))
 
-    def _check_same_text(self, checkpoint: Checkpoint, digest: str) -> None:
-        if self._checkpoints.facts(checkpoint).get("data") != digest:
-            raise DataError("the text has changed since the job began", "start a new job with it")
+    async def _close(self, replication: Replication, plans: JobPlans) -> None:
+        """Whatever happened."""
+        try:
+            await replication.close()
+        finally:
+            await plans.close()
+
+    def _check_same(self, checkpoint: Checkpoint, facts: Mapping[str, str]) -> None:
+        """Steps over another text or model would be of no job at all."""
+        before = self._checkpoints.facts(checkpoint)
+        for name in ("text", "model"):
+            if before.get(name) != facts[name]:
+                raise DataError(
+                    f"the {name} has changed since the job began", "start a new job with it"
+                )
 
     async def _prepare(self, folder: Path, files: tuple[str, ...], workload: Workload) -> None:
         """Tokenise and pack the files in a subprocess (the tokenizer stays out of the daemon)."""
         if self._resumed and await asyncio.to_thread((folder / "dataset.json").is_file):
             return  # of the run before: the text itself may be gone
+        await asyncio.to_thread(check_files, files)
         emit_progress(self._log, "prepare", 0, len(files))
         await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
         request = {
@@ -192,11 +210,14 @@ class TrainJob:
             write_checkpoint(output, model, tensors, store)
 
 
-def check_training(options: TrainOptions) -> Workload:
-    """Everything that can be refused before the job begins; reads the model's headers."""
+def check_training(options: TrainOptions, *, resumed: bool = False) -> Workload:
+    """Everything that can be refused before the job begins; reads the model's headers.
+
+    The text of a job that is resumed may have been read already: who reads it then says so.
+    """
     options.check()
     check_output(options.output)
-    check_files(options.data)
-    if options.eval_data is not None:
-        check_files((options.eval_data,))
+    if not resumed:
+        check_files(options.data)
+        check_files(() if options.eval_data is None else (options.eval_data,))
     return train_workload(options)

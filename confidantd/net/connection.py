@@ -20,7 +20,7 @@ from confidantd.errors import ConfidantError, PeerLostError, ProtocolError, from
 from confidantd.ids import DeviceId, short_id
 from confidantd.net.allowance import Allowance
 from confidantd.net.duplicates import Origin
-from confidantd.net.silence import notice_silence
+from confidantd.net.silence import Silence
 from confidantd.tasks import TaskSet
 from confidantd.wire.messages import (
     Failure,
@@ -83,6 +83,7 @@ class Connection:
         self._ended = asyncio.Event()
         self._pending: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._next_id = self._running_handlers = 0
+        self._silence = Silence()
         self._retiring = self._peer_retired = False
         self._allowance = allowance
         self._close_seconds = CLOSE_SECONDS
@@ -180,7 +181,9 @@ class Connection:
             data = self._queue.popleft()  # first: a send that is cancelled has written its frame
             self._queued_bytes -= len(data)
             await self._socket.send_bytes(data)
-            notice_silence(self._socket.get_extra_info("socket"))
+            if self._silence.on(self._socket.get_extra_info("socket")):
+                self._close_seconds = ABRUPT_SECONDS
+                self.close("it is out of reach")
 
     async def _read(self) -> None:
         try:

@@ -96,6 +96,15 @@ class BlobStore:
         with self._lock:
             self._ranges[digest] = entry
 
+    def unregister(self, path: Path) -> None:
+        """Serve no range of a file, or of one in a folder, any more."""
+        with self._lock:
+            self._ranges = {
+                digest: found
+                for digest, found in self._ranges.items()
+                if not found.path.is_relative_to(path)
+            }
+
     def put_bytes(self, data: bytes) -> Digest:
         """Store bytes; gives their digest."""
         digest = digest_of(data)

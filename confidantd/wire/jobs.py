@@ -15,6 +15,7 @@
 | `stage.event` (notify) | device | owner | `StageEvent` |
 | `stage.progress` (notify) | device | owner | `StageProgress` |
 | `stage.spares` | owner | device | `Spares` |
+| `job.running` (notify) | owner | member it meets again | `RunningJobs` |
 | `stage.pulse` (notify) | owner | device | `Pulse` |
 | `stage.stop` | owner | device | `StopStage` |
 | `programs.compile` | owner | compiler | `ProgramRequest` -> `Compiled` |
@@ -253,6 +254,13 @@ class Pulse:
     """The owner is there; that it arrived, the device's kernel tells."""
 
     job: JobId
+
+
+@dataclass(frozen=True, slots=True)
+class RunningJobs:
+    """The oldest epoch of each job of the sender that is not over; stages of others are."""
+
+    epochs: dict[JobId, int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from confidantd.wire.codec import from_map, pack, to_map, unpack
 from confidantd.wire.links import Link
 from confidantd.wire.resources import Resources
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 MAX_HELLO_BYTES = 16 * 1024
 MAX_NAME_CHARACTERS = 64
 MAX_ADDRESSES = 16

@@ -45,8 +45,13 @@ def write_states(stage: TrainStage, command: Export) -> Exported:
 def write_snapshot(stage: TrainStage, command: Snapshot) -> Snapshotted:
     """Write weight and moments of everything that is trained here."""
     name = f"after-{command.steps}"
-    blobs = _states(stage, stage.parts(), Path(command.folder), name)
-    return Snapshotted(command.steps, blobs)
+    folder = Path(command.folder)
+    try:
+        return Snapshotted(command.steps, _states(stage, stage.parts(), folder, name))
+    except StorageError:
+        for path in folder.glob(f"{name}-*"):  # it would fill the disk for good
+            path.unlink(missing_ok=True)
+        raise
 
 
 def _states(
@@ -89,6 +94,7 @@ def _write(path: Path, arrays: Sequence[Floats]) -> None:
             for array in arrays:
                 np.ascontiguousarray(array, dtype="<f4").tofile(file)
     except OSError as failure:
+        path.unlink(missing_ok=True)
         raise StorageError(
             f"cannot write {path} ({failure.strerror})", "free some disk space"
         ) from None

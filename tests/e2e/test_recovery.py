@@ -183,7 +183,7 @@ def test_a_job_that_nothing_helps_fails_and_is_resumed(
     wait_for_no_workers(*devices)
     assert not list((owner.home / "jobs").rglob("tokens.bin"))
     assert owner.json("jobs", "resume", job) == {"job": job}
-    assert owner.cli("jobs", "resume", job).returncode == 1, "it is running"
+    assert "running" in owner.cli("jobs", "resume", job).stderr
     events = owner.events("jobs", "watch", job)
     assert events[-1]["event"] == "done", events[-1]
     assert replans(events)[-1]["resumed_from_step"] > 0

@@ -7,39 +7,48 @@ import struct
 
 import pytest
 
-from confidantd.net.silence import (
-    LEAST_SECONDS,
-    MOST_SECONDS,
-    TCP_USER_TIMEOUT,
-    notice_silence,
-    patience_seconds,
-)
+from confidantd.net.silence import LEAST_SECONDS, MOST_SECONDS, TCP_INFO, Silence
 
 
-def info(rto_seconds: float, retransmits: int = 0) -> bytes:
-    """The begin of `struct tcp_info`."""
-    return struct.pack("=8BI", 1, 0, retransmits, 0, 0, 0, 0, 0, round(rto_seconds * 1e6))
+def info(rto: float = 0.2, retransmits: int = 0, unacked: int = 1, ack_came: float = 0.0) -> bytes:
+    """The begin of `struct tcp_info`; seconds."""
+    times = (round(rto * 1e6), 0, 0, 0, unacked, 0, 0, 0, 0, 0, 0, 0, round(ack_came * 1e3))
+    return struct.pack("=8B13I", 1, 0, retransmits, 0, 0, 0, 0, 0, *times)
 
 
 @pytest.mark.parametrize(
-    ("rto", "expected"),
-    [(0.2, LEAST_SECONDS), (0.6, pytest.approx(4.2)), (5.0, MOST_SECONDS)],
+    ("rto", "patience"), [(0.2, LEAST_SECONDS), (0.6, 3.6), (5.0, MOST_SECONDS)]
 )
-def test_a_poor_network_is_given_more_time(rto: float, expected: float) -> None:
-    assert patience_seconds(info(rto)) == expected
+def test_a_poor_network_is_given_more_time(rto: float, patience: float) -> None:
+    silence = Silence()
+    assert not silence.falls(info(rto, ack_came=patience - 0.1))
+    assert silence.falls(info(rto, ack_came=patience + 0.1))
 
 
 def test_what_is_overdue_is_not_given_more() -> None:
-    assert patience_seconds(info(1.6, retransmits=3)) is None
+    """The kernel doubles its timeout each time it sends something again."""
+    assert Silence().falls(info(6.4, retransmits=5, ack_came=LEAST_SECONDS + 0.1))
 
 
-@pytest.mark.skipif(TCP_USER_TIMEOUT is None, reason="this system has no such limit")
-def test_a_real_connection() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        with socket.create_connection(server.getsockname()) as client:
-            notice_silence(client)
-            assert TCP_USER_TIMEOUT is not None
-            found = client.getsockopt(socket.IPPROTO_TCP, TCP_USER_TIMEOUT)
-            assert 1000 * LEAST_SECONDS <= found <= 1000 * MOST_SECONDS
-        notice_silence(client)  # closed: nothing happens
-        notice_silence(None)
+def test_where_nothing_is_on_its_way_nobody_is_silent() -> None:
+    assert not Silence().falls(info(unacked=0, ack_came=3600.0))
+
+
+@pytest.mark.skipif(TCP_INFO is None, reason="this system does not tell")
+def test_a_program_that_does_not_read_is_slow_and_not_gone() -> None:
+    silence = Silence()
+    assert not silence.on(None)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as client,
+    ):
+        client.setblocking(False)
+        sent = 0
+        try:
+            while True:
+                sent += client.send(bytes(65536))
+        except BlockingIOError:
+            pass
+        assert sent > 65536
+        assert not silence.on(client)
+    assert not silence.on(client), "closed"

@@ -8,8 +8,8 @@ import asyncio
 import logging
 
 from confidantd.errors import ConfidantError
+from confidantd.jobs.faults import OWN_FAULTS
 from confidantd.jobs.job_plans import JobPlans, Launched
-from confidantd.jobs.launch import OWN_FAULTS, leave_out
 from confidantd.jobs.moving import exports, handed_over, trained_sizes
 from confidantd.jobs.pipeline import Pipeline, stop_stages
 from confidantd.planner.plan import Plan
@@ -20,7 +20,7 @@ from confidantd.wire.worker import Export, Exported
 _log = logging.getLogger(__name__)
 
 
-async def move(
+async def relocate(
     plans: JobPlans, launched: Launched, steps_done: int, reason: str, *, in_haste: bool = False
 ) -> Launched | None:
     """Go on with the plan of now, between two steps; None if that cannot be: then the job
@@ -31,8 +31,8 @@ async def move(
     """
     log = plans.log
     log.record.state = "recovering"
-    await plans.next_epoch()
     try:
+        await plans.next_epoch()
         if in_haste:
             plan = await plans.ask_least_moving(launched)
         else:
@@ -53,9 +53,8 @@ async def move(
             await asyncio.shield(pipeline.stop())
         if not isinstance(failure, ConfidantError) or launched.pipeline.failed:
             raise
-        failed = None if pipeline is None else pipeline.failed_stage
-        if failed is not None and failed[1].code in OWN_FAULTS:
-            leave_out(plans, plan, failed)
+        if pipeline is not None:
+            _blame(plans, pipeline, plan)
         _stays(plans, failure)
         return None
     try:
@@ -65,9 +64,17 @@ async def move(
         await launched.pipeline.stop()  # of the stages that did not go on
     except BaseException:
         await asyncio.shield(asyncio.gather(pipeline.stop(), launched.pipeline.stop()))
+        _blame(plans, pipeline, plan)
         raise
     log.record.state = "running"
     return plans.launched(pipeline, plan)
+
+
+def _blame(plans: JobPlans, pipeline: Pipeline, plan: Plan) -> None:
+    """Where a stage failed on its own."""
+    failed = pipeline.failed_stage
+    if failed is not None and failed[1].code in OWN_FAULTS:
+        plans.leave_out(plan, failed)
 
 
 def _stays(plans: JobPlans, failure: ConfidantError) -> None:
