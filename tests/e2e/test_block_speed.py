@@ -25,6 +25,8 @@ from confidantd.wire.speeds import Speeds
 from tests.component.engine_models import ROWS, TOKENS, save_model
 from tests.programs import programs_for
 
+pytestmark = pytest.mark.alone
+
 LORA = LoraSpec(4, 8.0, ("q_proj", "v_proj"))
 
 

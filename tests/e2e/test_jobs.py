@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 from collections.abc import Iterator
@@ -67,11 +68,12 @@ def started(owner: Device, small: Small, output: Path) -> str:
 
 def workers(device: Device) -> list[psutil.Process]:
     """The worker processes of a daemon."""
-    return [
-        child
-        for child in psutil.Process(device.pid).children(recursive=True)
-        if "confidantd.worker" in child.cmdline()
-    ]
+    found = []
+    for child in psutil.Process(device.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ends just now
+            if "confidantd.worker" in child.cmdline():
+                found.append(child)
+    return found
 
 
 def wait_for_no_workers(*devices: Device) -> None:

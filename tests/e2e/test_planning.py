@@ -22,6 +22,8 @@ from tests.e2e.devices import Device, running, wait_until
 from tests.e2e.small_models import TEXT, byte_tokenizer
 from tests.unit.planner_support import make_plan
 
+pytestmark = pytest.mark.alone
+
 SHAPE = {"batch_size": 4, "microbatches": 4, "sequence_length": 32}
 TOO_LARGE = 1.6  # times what one device has
 SLOW = 0.1  # of a core

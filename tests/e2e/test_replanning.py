@@ -18,6 +18,8 @@ from tests.cpu_quota import CpuQuota, quotas
 from tests.e2e.devices import Device, running
 from tests.e2e.small_models import TEXT, byte_tokenizer
 
+pytestmark = pytest.mark.alone
+
 STEPS, THROTTLED_AFTER, BATCH, LENGTH, RATE = 45, 5, 8, 64, 1e-3
 LOSS_TOLERANCE = 1e-4
 # Of private writable memory (KiB): a worker starts with it, and cannot hold half of the model.
