@@ -44,7 +44,7 @@ START_SECONDS = 3_600.0  # distributing a large stage over slow Wi-Fi; progress 
 COMMAND_SECONDS = 60.0
 CONNECT_SECONDS = 60.0
 STOP_SECONDS = 10.0
-PULSE_SECONDS = 0.4
+PULSE_SECONDS = 0.25
 CAUSE_SECONDS = 0.5  # a link breaks: until then we hear which worker or device is gone
 MAX_WAITING_EVENTS = 10_000
 

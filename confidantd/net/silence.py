@@ -11,8 +11,8 @@ from __future__ import annotations
 import socket
 import struct
 
-LEAST_SECONDS, MOST_SECONDS = 1.2, 10.0
-TIMEOUTS = 6.0  # a healthy Wi-Fi's is 0.2 s
+LEAST_SECONDS, MOST_SECONDS = 1.1, 10.0
+TIMEOUTS = 5.0  # a healthy Wi-Fi's is 0.2 s
 TCP_INFO: int | None = getattr(socket, "TCP_INFO", None)
 # The begin of struct tcp_info in linux/tcp.h: times are microseconds but for the last ones, which
 # are milliseconds. Eight bytes, then rto, ato, mss of both, unacked (segments), sacked, lost,
