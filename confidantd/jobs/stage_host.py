@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from confidantd.errors import CancelledJobError, ConfidantError, ProtocolError, StorageError
+from confidantd.errors import CancelledJobError, ConfidantError, ProtocolError
 from confidantd.ids import DeviceId, Digest, JobId, is_job_id
 from confidantd.jobs.authority import Right
 from confidantd.jobs.grants import Grants, Held, Place
@@ -21,6 +21,7 @@ from confidantd.jobs.spares import SpareKeeper
 from confidantd.jobs.speed_book import SpeedBook
 from confidantd.jobs.splits import Splits, program_request
 from confidantd.jobs.stage_blobs import StageBlobs
+from confidantd.jobs.stage_hearer import StageHearer
 from confidantd.jobs.stage_process import StageProcess
 from confidantd.planner.memory import enforced_bytes
 from confidantd.store.blobs import BlobStore
@@ -42,27 +43,18 @@ from confidantd.wire.stage import StageAssignment
 from confidantd.wire.worker import (
     BlobRange,
     Collect,
-    Collected,
     Command,
     Connect,
-    Event,
     Export,
-    Exported,
     Failed,
     Load,
     Snapshot,
-    Snapshotted,
     StageAddress,
-    StateBlob,
-    StepDone,
-    TrainedTensor,
     command_from,
     message_map,
 )
 
 _log = logging.getLogger(__name__)
-
-_Written = TypeVar("_Written", TrainedTensor, StateBlob)
 
 TURNS = "turns"  # the file that the stages of one job on this device lock
 
@@ -229,7 +221,7 @@ class StageHost:
             await asyncio.to_thread(self._job_folder(held).mkdir, parents=True, exist_ok=True)
             await asyncio.to_thread(self._speeds.begin, assignment)
             _check_wanted(held)
-            hear = _Hearer(self._peers, self._store, self._speeds, held).hear
+            hear = StageHearer(self._peers, self._store, self._speeds, held).hear
             held.process = await StageProcess.start(log, hear)
             self._tasks.start(self._attend(held, held.process), f"events-{assignment.job}")
         resources = await self._resources()
@@ -367,63 +359,6 @@ class StageHost:
 def _check_wanted(held: Held) -> None:
     if held.released:
         raise CancelledJobError(f"job {held.offer.job} was stopped while its stage was loaded here")
-
-
-class _Hearer:
-    """Passes the events of a stage on to its owner, and learns from its steps."""
-
-    def __init__(self, peers: Peers, store: BlobStore, speeds: SpeedBook, held: Held) -> None:
-        self._peers, self._store, self._speeds, self._held = peers, store, speeds, held
-        self._steps: tuple[int, int] = (0, 0)  # epoch, and steps done in it
-
-    async def hear(self, place: StageAssignment, event: Event) -> None:
-        """One event, in order."""
-        told: Event = event
-        if isinstance(event, StepDone):
-            self._observe(place, event)
-        if isinstance(event, Collected):
-            stored = [await self._stored(tensor) for tensor in event.tensors]
-            told = replace(event, tensors=tuple(stored))
-            self._held.trained += [t.digest for t in stored if t.digest is not None]
-        if isinstance(event, Exported | Snapshotted):
-            told = await self._with_stored(event)
-        message = StageEvent(place.job, place.epoch, place.stage, message_map(told))
-        await self._peers.notify(self._held.offer.owner, "stage.event", to_map(message))
-
-    def _observe(self, place: StageAssignment, step: StepDone) -> None:
-        """The first step of an epoch also fills memory and says nothing."""
-        epoch, steps = self._steps
-        self._steps = (place.epoch, steps + 1 if epoch == place.epoch else 1)
-        if self._steps[1] > 1:
-            self._speeds.observe(place, step)
-
-    async def _with_stored(self, event: Exported | Snapshotted) -> Event:
-        """A snapshot that finds no room on the disk is none; the stage goes on."""
-        kept = self._held.trained
-        if isinstance(event, Snapshotted):
-            kept = self._held.snapshots.setdefault(event.steps, [])
-        blobs: list[StateBlob] = []
-        try:
-            for blob in event.blobs:
-                blobs.append(await self._stored(blob))
-                kept += [d for d in (blobs[-1].digest,) if d is not None]
-        except StorageError as failure:
-            rest = [Path(blob.path) for blob in event.blobs[len(blobs) :]]
-            await asyncio.to_thread(_unlink, rest)
-            if isinstance(event, Exported):
-                raise
-            return Snapshotted(event.steps, (), str(failure))
-        return replace(event, blobs=tuple(blobs))
-
-    async def _stored(self, found: _Written) -> _Written:
-        """A file becomes a blob, for others to fetch until the stage is released."""
-        digest = await asyncio.to_thread(self._store.put_file, Path(found.path), passing=True)
-        return replace(found, path="", digest=digest)
-
-
-def _unlink(paths: list[Path]) -> None:
-    for path in paths:
-        path.unlink(missing_ok=True)
 
 
 def _remove(trained: Path, job: Path, last: bool) -> None:
