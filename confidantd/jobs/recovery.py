@@ -107,14 +107,15 @@ class Recovery:
 
     def _blame(self, pipeline: Pipeline, plan: Plan) -> None:
         """Leave a device out whose stage fails on its own, at once if it has too little memory;
-        raise its failure where the user wants it to take part.
+        raise its failure where the user wants it to take part, or there is no other.
         """
         failed = pipeline.failed_stage
         if failed is None or failed[1].code not in OWN_FAULTS:
             return
         device = plan.stages[failed[0]].device
         if self._faults.again(device, failed[1].code, self._steps):
-            if self._plans.devices:
+            others = self._plans.there() - self._plans.without.keys() - {device}
+            if self._plans.devices or not others:
                 self._hopeless = True
                 raise failed[1]
             self._plans.leave_out(plan, failed)
