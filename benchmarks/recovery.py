@@ -35,7 +35,7 @@ MBIT, DEVICES = 50.0, 4
 CUT_SECONDS = 10.0
 DETECT_REACH, AGAIN_REACH, STANDSTILL_REACH, WEIGHTS_REACH = 2.0, 5.0, 2.0, 1e-4
 PAUSE_REACH = 3.0
-MEET_SECONDS, SPARES_SECONDS, JOB_SECONDS, QUIET_SECONDS = 60.0, 400.0, 900.0, 15.0
+MEET_SECONDS, SPARES_SECONDS, QUIET_SECONDS = 60.0, 400.0, 20.0
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ class Bench:
         while time.monotonic() < end and time.monotonic() - since < QUIET_SECONDS:
             time.sleep(1.0)
             now = self._fleet.stored_bytes() if owner.json("jobs", "show", job)["step"] else -2
-            if abs(now - stored) > 20_000_000 or now < 0:
+            if abs(now - stored) > 4_000_000 or now < 0:
                 stored, since = now, time.monotonic()
         owner.json("jobs", "cancel", job)
 

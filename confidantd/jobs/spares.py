@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 
 from confidantd.errors import ConfidantError
-from confidantd.ids import DeviceId, JobId
+from confidantd.ids import DeviceId, Digest, JobId
 from confidantd.jobs.moving import Wanted, parts_of_plan
 from confidantd.jobs.peers import Peers
 from confidantd.models.spec import ModelSpec
@@ -78,23 +78,19 @@ class SpareKeeper:
             _log.info("job %s: no room on the disk for spare weights", spares.job)
             return
         for tensor in spares.tensors:
-            began = time.monotonic()
             try:
-                fetched = await self._fetch(tensor, spares.source)
+                await self._fetch(tensor, spares.source)
             except ConfidantError as failure:
                 _log.info("job %s: a spare weight is not here: %s", spares.job, failure)
-                continue
-            if fetched:
-                await asyncio.sleep((time.monotonic() - began) * (1 / SHARE - 1))
 
-    async def _fetch(self, tensor: TensorEntry, source: DeviceId) -> bool:
-        """False if it was here."""
-        if await asyncio.to_thread(self._store.locate, tensor.digest) is not None:
-            return False
-        await fetch(
-            self._store,
-            lambda digest, offset, length: self._peers.read_blob(source, digest, offset, length),
-            tensor.digest,
-            tensor.bytes,
-        )
-        return True
+    async def _fetch(self, tensor: TensorEntry, source: DeviceId) -> None:
+        """Unless it is here."""
+
+        async def slowly(digest: Digest, offset: int, length: int) -> bytes:
+            began = time.monotonic()
+            data = await self._peers.read_blob(source, digest, offset, length)
+            await asyncio.sleep((time.monotonic() - began) * (1 / SHARE - 1))
+            return data
+
+        if await asyncio.to_thread(self._store.locate, tensor.digest) is None:
+            await fetch(self._store, slowly, tensor.digest, tensor.bytes)
