@@ -28,6 +28,7 @@ _log = logging.getLogger(__name__)
 
 NEIGHBOURS = 2  # behind a stage, whose weights it keeps: any two devices may be lost
 SHARE = 0.25  # of the time that a link is used for it
+MOST_WAITING = 32  # of one job; a plan has as many neighbours as there are devices
 FREE_BYTES = 1_000_000_000  # of the disk that stay free
 
 
@@ -57,6 +58,8 @@ class SpareKeeper:
         """Fetch them, after those that were asked for before."""
         before = self._of.setdefault(spares.job, [])
         before[:] = [task for task in before if not task.done()]
+        if len(before) >= MOST_WAITING:
+            return
         waits = before[-1] if before else None
         before.append(self._tasks.start(self._fetch_all(spares, waits), f"job-{spares.job}"))
 
