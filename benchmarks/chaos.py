@@ -180,6 +180,7 @@ def claims(minutes: float) -> Iterator[Claim]:
                 at_most=False,
             )  # fmt: skip
             wrong = sum(text != tokens for text in texts)
+            print(*(text for text in texts if text != tokens), sep="\n", file=sys.stderr)
             detail = f"of {len(texts)}"
             yield Claim("texts that are another", float(wrong), 0.0, "texts", detail)
             for job, end in zip(JOBS, ends, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import logging
 import shlex
 import signal
@@ -52,7 +53,7 @@ _log = logging.getLogger("confidantd")
 RESOURCES_SECONDS = 5.0  # free memory and battery change slowly
 START_SECONDS = 30.0
 HAND_OVER_SECONDS = 15.0
-LEAVING = "it leaves"
+STOPPING, LEAVING = "it is being stopped", "it leaves the swarm"
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -143,6 +144,7 @@ class Daemon:
             swarm = asyncio.create_task(self._swarm.run(), name="swarm")
             try:
                 self._start_services()
+                gc.freeze()  # what is there by now stays: later collections need not look at it
                 ready(self.address())
                 await _first_end(network, swarm)
             finally:
@@ -164,19 +166,19 @@ class Daemon:
 
     async def _close(self) -> None:
         """Jobs first, so that their stages everywhere are released while the network is up."""
-        await self._hand_over()
+        await self._hand_over(STOPPING)
         await self._jobs.close()
         await self._router.close()
         await self._host.close()
         await self._api.close()
         await self._services.close()
 
-    async def _hand_over(self) -> None:
+    async def _hand_over(self, reason: str) -> None:
         """Give owners of jobs a while to move elsewhere what they have here."""
         if not self._host.trains_for_others():
             return
         _log.info("jobs of other devices move what they have here elsewhere")
-        self._leaving = LEAVING
+        self._leaving = reason
         self._swarm.set_resources(await self._resources())
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(HAND_OVER_SECONDS):
@@ -184,7 +186,7 @@ class Daemon:
 
     async def _leave(self) -> int:
         """`confidant leave`; it may be invited again, and then takes work again."""
-        await self._hand_over()
+        await self._hand_over(LEAVING)
         try:
             return await self._swarm.pairing.leave()
         finally:

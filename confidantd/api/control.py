@@ -136,7 +136,10 @@ class ControlApi:
         return await _json({"job": job})
 
     async def _resume(self, request: web.Request) -> web.StreamResponse:
-        log = await self._jobs.resume(request.match_info["job"])
+        output = (await _body(request)).get("output") if request.can_read_body else None
+        log = await self._jobs.resume(
+            request.match_info["job"], None if output is None else str(output)
+        )
         return await _json({"job": log.record.id})
 
 

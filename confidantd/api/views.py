@@ -200,6 +200,8 @@ class View:
         if len(found) > 1:
             ids = ", ".join(short_id(device) for device in found)
             raise DeviceError(f"several members are called {which[:64]}", f"name one by id: {ids}")
+        if not found and which == self._name:
+            raise DeviceError("this is this very device", "it goes itself: confidant leave")
         if not found:
             raise DeviceError(f"{which[:64]} is not a member", "see `confidant members`")
         return found[0]

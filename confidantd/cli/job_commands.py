@@ -79,29 +79,31 @@ def watch(job: str) -> None:
 @click.argument("job", metavar="ID")
 @common
 def cancel(job: str) -> None:
-    """End a job; its stages are freed and nothing is written."""
+    """End a job; nothing is written. One that failed cannot be resumed then."""
     _order(f"{_path(job)}/cancel", "cancelled {job}")
 
 
 @jobs.command("resume")
 @click.argument("job", metavar="ID")
+@click.option("--output", metavar="DIR", type=path, help="Another folder for the result.")
 @common
-def resume(job: str) -> None:
+def resume(job: str, output: Path | None) -> None:
     """Go on with a job that failed, from its last checkpoint."""
-    _order(f"{_path(job)}/resume", "resumed {job}")
+    body = {} if output is None else {"output": str(output)}
+    _order(f"{_path(job)}/resume", "resumed {job}", body)
 
 
 def _path(job: str) -> str:
     return f"/v1/jobs/{quote(job, safe='')}"
 
 
-def _order(path: str, said: str) -> None:
+def _order(path: str, said: str, body: dict[str, Any] | None = None) -> None:
     """A POST whose answer is worth one line."""
 
     async def work(client: Any) -> None:
         from confidantd.cli.output import plain, print_json
 
-        fields = await client.post(path)
+        fields = await client.post(path, body or {})
         if json_wanted():
             print_json(fields)
         else:

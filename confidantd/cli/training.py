@@ -65,13 +65,20 @@ async def watch_job(client: Client, job: str, *, as_json: bool) -> None:
     path = f"/v1/jobs/{quote(job, safe='')}"
     await client.get(path)  # an unknown job is said before anything is drawn
     screen = console()
-    async with aclosing(client.stream("GET", f"{path}/events")) as events:
-        if as_json:
-            last = await _print_json(events)
-        elif screen.is_terminal:
-            last = await _draw(events, screen)
-        else:
-            last = await _print(events, screen)
+    over = DaemonNotRunningError(
+        f"the daemon ended before the job {job} did",
+        f"start confidantd again: training goes on, `confidant jobs watch {job}` follows it",
+    )
+    try:
+        async with aclosing(client.stream("GET", f"{path}/events")) as events:
+            if as_json:
+                last = await _print_json(events)
+            elif screen.is_terminal:
+                last = await _draw(events, screen)
+            else:
+                last = await _print(events, screen)
+    except DaemonNotRunningError:
+        raise over from None
     match last.get("event"):
         case "done":
             return
@@ -83,9 +90,7 @@ async def watch_job(client: Client, job: str, *, as_json: bool) -> None:
         case "cancelled":
             raise CancelledJobError(f"job {job} was cancelled")
         case _:
-            raise DaemonNotRunningError(
-                f"the daemon ended before job {job} did", "start confidantd again"
-            )
+            raise over
 
 
 async def _print_json(events: Events) -> Event:
@@ -118,9 +123,12 @@ async def _print(events: Events, screen: Console) -> Event:
     async for last in events:
         match last["event"]:
             case "progress":
-                if last["phase"] != phase:
-                    phase = last["phase"]
-                    screen.print(Text(_phase_name(phase)))
+                shown = _phase_name(last["phase"])
+                if last["phase"] == "recover":
+                    shown += f": {plain(last['detail'])}"
+                if shown != phase:
+                    phase = shown
+                    screen.print(Text(phase), soft_wrap=True)
             case "step":
                 every = max(1, last["steps"] // PLAIN_STEP_LINES)
                 if last["step"] % every == 0 or last["step"] in (1, last["steps"]):

@@ -112,8 +112,9 @@ class TrustStore:
         self._tell()
         return device, gone
 
-    def joined(self, pem: str, gone: int, *, merge: bool) -> DeviceId:
-        """The device with this certificate let this one in, which was out by the change `gone`.
+    def joined(self, pem: str, gone: int, left: int, *, merge: bool) -> DeviceId:
+        """The device with this certificate let this one in, which was out by the change `gone`. It
+        left a swarm itself by the change `left`: what old members tell of that is over.
         Unless two swarms are merged, what this one said before, in another swarm or after it
         was removed, is nothing to the one that it joins.
         """
@@ -122,7 +123,7 @@ class TrustStore:
             before = self._ledger
             said = before.statements if merge else ()
             ledger = Ledger(before.me, max(before.gone, min(gone, MAX_CHANGE - 1)), said)
-            ledger.admit(device, text)
+            ledger.admit(device, text, left)
             self._keep(ledger)
         self._tell()
         return device

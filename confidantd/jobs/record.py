@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import contextlib
+import io
 import json
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
@@ -61,6 +63,7 @@ class JobLog:
         self._saved = False  # with its last event
         self._followers = 0
         self._changed = asyncio.Event()
+        self._file: io.FileIO | None = None  # what follows the last `save`
 
     async def reopen(self) -> None:
         """Go on with an ended job: its events come back, and more follow."""
@@ -68,6 +71,8 @@ class JobLog:
             self._events = await asyncio.to_thread(self._read)
             self._numbers = list(range(len(self._events)))
             self._next = len(self._events)
+            steps = [event["step"] for event in self._events if event.get("event") == "step"]
+            self.record.step = max([self.record.step, *steps[-1:]])
         self._closed = self._on_disk = self._saved = False
 
     @classmethod
@@ -87,9 +92,16 @@ class JobLog:
         self._numbers.append(self._next)
         self._events.append(event)
         self._next += 1
+        self._append(event)
         if len(self._events) > MAX_EVENTS:
             self._thin_out()
         self._wake()
+
+    def _append(self, event: dict[str, Any]) -> None:
+        """To the file, for another run of the daemon; `save` brings what a full disk loses."""
+        if self._file is not None and event["event"] != "progress":
+            with contextlib.suppress(OSError):
+                self._file.write(json.dumps(event).encode() + b"\n")
 
     def close(self) -> None:
         """No event will come after this."""
@@ -140,9 +152,24 @@ class JobLog:
                 write_atomically(self.folder / EVENTS_NAME, events.encode())
             write_atomically(self.folder / RECORD_NAME, record.encode())
 
+        written = self._next
         await asyncio.to_thread(write)
+        await self._open_file(written)
         self._saved = self._closed
         self._release()
+
+    async def _open_file(self, written: int) -> None:
+        """Append from now on, beginning with what came while the others were written."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if not self._closed:
+            with contextlib.suppress(OSError):
+                path = self.folder / EVENTS_NAME
+                self._file = await asyncio.to_thread(io.FileIO, path, "a")
+            for number, event in self._after(written - 1):
+                if number >= written:
+                    self._append(event)
 
     def _release(self) -> None:
         """Let go of the events of an ended job that nobody follows: they are on disk."""
@@ -167,9 +194,13 @@ class JobLog:
     def _read(self) -> list[dict[str, Any]]:
         try:
             lines = (self.folder / EVENTS_NAME).read_text().splitlines()
-            return [json.loads(line) for line in lines]
         except (OSError, ValueError):
             return []
+        found = []
+        for line in lines:
+            with contextlib.suppress(ValueError):  # the last one, when the daemon was killed
+                found.append(json.loads(line))
+        return [event for event in found if isinstance(event, dict) and "event" in event]
 
     def _wake(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()

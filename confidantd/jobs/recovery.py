@@ -139,13 +139,15 @@ class Recovery:
             if launched is not None and launched.pipeline.stopped:
                 launched = None
             try:
-                return await self._try(launched, checkpoint)
+                found = await self._try(launched, checkpoint)
+                self._plans.log.record.message = None
+                return found
             except ConfidantError as failure:
                 if self._hopeless or failure.code not in CURABLE or time.monotonic() > deadline:
                     raise
                 if failure.message != said:
                     _log.info("job %s waits: %s", self._plans.log.record.id, failure)
-                said = failure.message
+                said = self._plans.log.record.message = failure.message
                 emit_progress(self._plans.log, "recover", 0, 1, failure.message)
             await asyncio.sleep(pause)
             pause = min(2 * pause, MOST_PAUSE_SECONDS)

@@ -16,6 +16,7 @@ from confidantd.errors import (
     CancelledJobError,
     ConfidantError,
     JobNotFoundError,
+    OutputError,
     PeerLostError,
     StorageError,
     UsageError,
@@ -34,7 +35,7 @@ from confidantd.jobs.record import FINAL_STATES, JobLog, JobRecord, State
 from confidantd.jobs.services import JobServices, ask_coordinator, failure_event
 from confidantd.jobs.setup import planned_workload
 from confidantd.jobs.timeline import timeline
-from confidantd.jobs.train import TrainJob, check_training
+from confidantd.jobs.train import TrainJob, check_text, check_training
 from confidantd.jobs.what_if import plan_for
 from confidantd.store.files import storage_error, write_atomically
 from confidantd.tasks import TaskSet
@@ -108,6 +109,7 @@ class Jobs:
         """Start training; what can be refused at once is raised here."""
         options = options_from(TrainOptions, request)
         await asyncio.to_thread(check_training, options)
+        self._check_free(options.output)
         log = self._new("train", options.model)
         log.record.output = options.output
         try:
@@ -118,17 +120,25 @@ class Jobs:
         self._start(log, TrainJob(options, log, self._services).run)
         return log
 
-    async def resume(self, job: str) -> JobLog:
-        """Go on with a job that has failed, from its last checkpoint."""
+    def _check_free(self, output: str) -> None:
+        """Two jobs that write one folder: the second would fail after all its steps."""
+        for number in self._running:
+            if self._logs[number].record.output == output:
+                raise OutputError(
+                    f"the job {number} writes {output}", "give another folder to --output"
+                )
+
+    async def resume(self, job: str, output: str | None = None) -> JobLog:
+        """Go on with a job that has failed, from its last checkpoint; with another `output`."""
         log = self.get(job)
         if log.record.id in self._running or log.record.id in self._resuming:
             raise UsageError(f"the job {job[:40]} is running", f"`confidant jobs watch {job[:40]}`")
         if log.record.state != "failed":
             raise UsageError(f"the job {job[:40]} is {log.record.state}", "start a new one")
-        await self._resume(log)
+        await self._resume(log, output)
         return log
 
-    async def _resume(self, log: JobLog) -> None:
+    async def _resume(self, log: JobLog, output: str | None = None) -> None:
         """ConfidantError if that cannot be; then the record is as it was."""
         if log.record.kind != "train":
             raise UsageError("only training is resumed", "start it again")
@@ -136,8 +146,13 @@ class Jobs:
         self._resuming.add(log.record.id)
         try:
             request = await asyncio.to_thread(_kept_request, log.folder)
+            if output is not None:
+                request["output"] = log.record.output = output
             options = options_from(TrainOptions, request)
             await asyncio.to_thread(check_training, options, resumed=True)
+            await asyncio.to_thread(check_text, log.folder, options)
+            self._check_free(options.output)
+            await asyncio.to_thread(_keep_request, log.folder, request)
             await log.reopen()
             log.record.state, log.record.message = "recovering", None
             await log.save()
@@ -159,7 +174,7 @@ class Jobs:
         return log
 
     def cancel(self, job: str) -> None:
-        """Cancel a running job; one that failed loses its checkpoints, others stay as they are."""
+        """Cancel a running job; one that failed loses its checkpoints."""
         log = self.get(job)
         task = self._running.get(log.record.id)
         if task is not None:
@@ -167,6 +182,8 @@ class Jobs:
         elif log.record.state == "failed" and log.record.id not in self._resuming:
             log.record.state = "cancelled"
             self._tasks.start(self._keep(log), f"keep-{log.record.id}")
+        elif log.record.state in FINAL_STATES:
+            raise UsageError(f"the job {log.record.id} is {log.record.state}")
 
     async def close(self) -> None:
         """End what runs and wait until its stages are released; training goes on next time."""
@@ -213,6 +230,11 @@ class Jobs:
         if failure is not None:
             if log.record.state != "cancelled":
                 log.record.state = "failed"
+            if log.record.kind == "train" and log.record.state == "failed" and log.record.committed:
+                resume = f"`confidant jobs resume {log.record.id}` goes on after step "
+                failure.hint = "; ".join(
+                    filter(None, (failure.hint, resume + str(log.record.committed)))
+                )
             log.record.message = str(failure)
             log.emit(failure_event(failure))
         elif log.record.state not in FINAL_STATES and not self._closing:

@@ -323,8 +323,12 @@ class StageHost:
         return {}
 
     async def _release(self, held: Held) -> None:
+        """To its end, also where who asked for it goes meanwhile."""
+        name = f"release-{held.offer.job}"
+        await asyncio.shield(self._tasks.start(self._free(held), name))
+
+    async def _free(self, held: Held) -> None:
         self._grants.remove(held)
-        self._released.set()
         if held.process is not None:
             await asyncio.shield(held.process.stop())
             await held.process.heard()
@@ -338,6 +342,7 @@ class StageHost:
         if last:
             self._spares.drop(job)
         await asyncio.to_thread(_remove, self._trained_folder(held), self._job_folder(held), last)
+        self._released.set()
 
     async def _forget_trained(self, held: Held) -> None:
         for digest in held.trained:

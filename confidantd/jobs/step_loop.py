@@ -90,7 +90,7 @@ class StepLoop:
         """They hand their stages over; where that cannot be, they stay for as long as they can."""
         self._plans.refused |= leaving
         names = {stage.device: stage.name for stage in self.launched.plan.stages}
-        reason = "; ".join(f"{names[device]} leaves: {why}" for device, why in leaving.items())
+        reason = "; ".join(f"{names[device]} hands over: {why}" for device, why in leaving.items())
         await self._drain()
         moved = await relocate(
             self._plans, self.launched, self.progress.done, reason, in_haste=True

@@ -210,6 +210,13 @@ class TrainJob:
             write_checkpoint(output, model, tensors, store)
 
 
+def check_text(folder: Path, options: TrainOptions) -> None:
+    """Of a job that is resumed, unless it was read already."""
+    for name, files in (("train", options.data), ("eval", (options.eval_data,))):
+        if not (folder / name / "dataset.json").is_file():
+            check_files(tuple(file for file in files if file is not None))
+
+
 def check_training(options: TrainOptions, *, resumed: bool = False) -> Workload:
     """Everything that can be refused before the job begins; reads the model's headers.
 

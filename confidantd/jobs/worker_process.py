@@ -96,7 +96,7 @@ class WorkerProcess:
 
     def _explain(self, status: int) -> str:
         if status == -signal.SIGKILL:
-            return "the worker was killed, most likely because the device ran out of memory"
+            return "the worker was killed, as the system does when memory runs out"
         if status < 0:
             return f"the worker was ended by signal {-status}"
         return f"the worker ended with status {status} ({last_line(self._log)})"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import socket
 import ssl
@@ -27,14 +28,15 @@ HANDSHAKE_SECONDS = 5.0
 MAX_HANDSHAKES, MAX_OF_STRANGERS, MAX_OF_HOST = 16, 6, 4
 # A handshake costs a millisecond of a laptop's core, ten of a phone's. Hosts from which members
 # came may make some; all others together as many as a person would ever need.
-MEMBER_HANDSHAKES = (5.0, 40.0)  # of one host: a second, and at once
+MEMBER_HANDSHAKES = (2.0, 30.0)  # of one host: a second, and at once
 STRANGER_HANDSHAKES = (5.0, 30.0)
 EACH_STRANGER = (1.0, 10.0)
 REMEMBERED_HOSTS = 256
 # That many are dropped at once before the next ones are taken from the queue a little later: what
 # does not fit into the queue, the kernel drops.
-DROPPED_AT_ONCE, FLOOD_PAUSE_SECONDS = 50, 0.05
-MAX_OPEN = 14  # connections of one device: one to talk, and some that fetch
+DROPPED_AT_ONCE, FLOOD_PAUSE_SECONDS = 10, 0.05
+COLLECTED_AT_ONCE = 16
+MAX_OPEN = 10  # connections of one device: one to talk, and some that fetch
 LOG_SECONDS = 10.0  # a stranger that keeps trying fills no log
 ACCEPT_PAUSE_SECONDS = 0.5  # when the process is out of file descriptors
 SHUTDOWN_SECONDS = 1.0
@@ -60,7 +62,7 @@ class Acceptor:
         self._members = Allowances(*MEMBER_HANDSHAKES, remembered=REMEMBERED_HOSTS)
         self._strangers = Allowance(*STRANGER_HANDSHAKES)
         self._each = Allowances(*EACH_STRANGER, remembered=REMEMBERED_HOSTS)
-        self._of_strangers = self._dropped = 0
+        self._of_strangers = self._dropped = self._refusals = 0
         self._of_host: Counter[str] = Counter()
         self._known: OrderedDict[str, None] = OrderedDict()  # hosts of members
 
@@ -189,6 +191,9 @@ class Acceptor:
         self.expect(host)
 
     def _refused(self, host: str, failure: Exception) -> None:
+        self._refusals += 1
+        if self._refusals % COLLECTED_AT_ONCE == 0:  # a TLS connection is a cycle of 150 KB
+            gc.collect()
         now = asyncio.get_running_loop().time()
         if now >= self._quiet_until:
             self._quiet_until = now + LOG_SECONDS

@@ -14,8 +14,8 @@ from confidantd.store.blobs import BlobStore
 from confidantd.store.files import storage_error
 from confidantd.tasks import TaskSet
 
-RANGE_BYTES = 4 * 1024 * 1024  # what a 50 Mbit/s link carries in 0.7 s: progress moves
-RANGES_ASKED = 2  # the next one is on its way while one is written: hides the round trip
+RANGE_BYTES = 1024 * 1024  # a few in memory weigh little, and hide the round trip of a Wi-Fi
+RANGES_ASKED = 3  # the next ones are on their way while one is written
 ATTEMPTS = 2  # a kept part that was damaged is found out at the end; then from the start
 ReadRange = Callable[[Digest, int, int], Awaitable[bytes]]
 

@@ -177,7 +177,7 @@ class Inviting:
             raise
         self._used = invitation.code  # before anything else can use it
         try:
-            device, gone = await asyncio.to_thread(self._trust.invited, card.certificate, card.gone)
+            device, gone = await asyncio.to_thread(self._trust.invited, card.certificate, card.left)
         except ConfidantError:
             self._used = None
             raise

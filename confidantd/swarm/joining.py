@@ -47,7 +47,9 @@ async def join(
             ) from None
     finally:
         await stream.close()
-    device = await asyncio.to_thread(trust.joined, card.certificate, card.gone, merge=merge)
+    device = await asyncio.to_thread(
+        trust.joined, card.certificate, card.gone, card.left, merge=merge
+    )
     return Joined(device, clean_name(card.name), host, card.port)
 
 

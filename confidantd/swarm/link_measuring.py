@@ -46,7 +46,7 @@ class LinkMeasuring:
     async def measure(self, device: DeviceId) -> float:
         """Mbit/s of one link, now; ConfidantError if it cannot be measured."""
         mbps = await self._network.measure_link(device)
-        _log.info("the link to %s carries %.3g Mbit/s", short_id(device), mbps)
+        _log.info("the link to %s carries %.1f Mbit/s", short_id(device), mbps)
         self._schedule.measured(device, self._now(), len(self._membership.members))
         self._membership.set_link(device, mbps)
         return mbps
@@ -54,7 +54,7 @@ class LinkMeasuring:
     def _transferred(self, device: DeviceId, mbps: float) -> None:
         member = self._membership.members.get(device)
         if member is not None:
-            _log.debug("a transfer from %s shows %.3g Mbit/s", short_id(device), mbps)
+            _log.debug("a transfer from %s shows %.1f Mbit/s", short_id(device), mbps)
             self._membership.set_link(device, smoothed(member.mbps, mbps))
 
     def _candidates(self) -> Iterator[Candidate]:

@@ -40,14 +40,15 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """Who a device is. `gone`, of a joiner: by which change it left a swarm last, and of an
-    inviter: by which one the joiner was out before it was let in now (`wire.roster`). `proof`
-    is a MAC of the rest under the key of the exchange.
+    """Who a device is. `left`: by which change it left a swarm last; of an inviter also `gone`: by
+    which one the joiner was out before it was let in now (`wire.roster`). `proof` is a MAC of the
+    rest under the key of the exchange.
     """
 
     certificate: str
     name: str
     port: int
+    left: int = 0
     gone: int = 0
     proof: bytes = b""
 

@@ -185,7 +185,7 @@ def test_who_hears_that_it_was_removed_trusts_nobody_and_says_so_when_it_joins(
     assert again.members() == {}
     assert again.gone == 1
     _, gone = bens.invited(three.anna.certificate_pem, again.gone)
-    again.joined(three.ben.certificate_pem, gone, merge=False)
+    again.joined(three.ben.certificate_pem, gone, bens.gone, merge=False)
     bens.sign()
     again.merge(bens.statements())
     assert set(again.members()) == {three.ben.device_id, three.cleo.device_id}
@@ -215,7 +215,7 @@ def test_what_a_removed_device_did_on_its_own_does_not_come_along_when_it_joins_
     for other in (three.anna, three.ben):
         cleos.remove(other.device_id)  # and cleo does the same to them
     _, gone = three.trust.invited(three.cleo.certificate_pem, cleos.gone)
-    cleos.joined(three.anna.certificate_pem, gone, merge=False)
+    cleos.joined(three.anna.certificate_pem, gone, three.trust.gone, merge=False)
     three.trust.sign()
     cleos.merge(s for s in three.trust.statements() if not s.admits)  # the old removal first
     cleos.merge(three.trust.statements())
@@ -223,3 +223,26 @@ def test_what_a_removed_device_did_on_its_own_does_not_come_along_when_it_joins_
     three.trust.merge(cleos.statements())
     assert set(cleos.members()) == {three.anna.device_id, three.ben.device_id}
     assert three.trusted() == {three.ben.device_id, three.cleo.device_id}
+
+
+def test_one_that_left_invites_one_that_left_and_old_news_of_that_is_nothing(
+    tmp_path: Path,
+) -> None:
+    """Also where the invited one has forgotten by which change the other went."""
+    three = Three(tmp_path)
+    anna, bens = three.trust, TrustStore(three.ben.home)
+    bens.merge(anna.statements())
+    old = anna.farewell()
+    bens.merge(old)
+    anna.leave()
+    bens.leave()
+    _, gone = anna.invited(three.ben.certificate_pem, bens.gone)
+    bens.joined(three.anna.certificate_pem, gone, anna.gone, merge=False)
+    bens.merge(old)
+    assert three.anna.device_id in bens.members()
+    anna.sign()
+    bens.merge(anna.statements())
+    bens.sign()
+    anna.merge(bens.statements())
+    assert three.anna.device_id in bens.members()
+    assert three.ben.device_id in anna.members()

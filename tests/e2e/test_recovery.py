@@ -259,10 +259,13 @@ def test_a_device_that_says_so_hands_its_stage_over(
     events = disturbed(devices, small, tmp_path / "out", leave)
     check(events, full_run(small), tmp_path / "out", "model.safetensors")
     first, *_ = replans(events)
-    assert first["reason"] == "ben leaves: it leaves"
+    why = {"stops": "it is being stopped", "leaves the swarm": "it leaves the swarm"}
+    assert first["reason"] == f"ben hands over: {why[way]}"
     before = [e["step"] for e in events[: events.index(first)] if e["event"] == "step"]
     assert first["resumed_from_step"] == before[-1], "a step was lost"
     assert {stage["name"] for stage in events[-1]["stages"]} == {"anna", "cleo"}
+    passing = ben.home / "store" / "passing"
+    wait_until(lambda: not list(passing.iterdir()), END_SECONDS, "no state is left there")
 
 
 def test_a_device_that_comes_back_is_used_again(devices: list[Device], tmp_path: Path) -> None:

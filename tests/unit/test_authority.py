@@ -99,6 +99,6 @@ def test_who_asks_for_much_waits() -> None:
     authority.check(OWNER, "job.plan", {})  # others do not wait for it
     for _ in range(2 * int(at_once)):
         authority.check(ME, "job.plan", {})
-        authority.check(OTHER, "device.speeds", {})
+        authority.check(OTHER, "swarm.beat", {})
     now = 1 / per_second
     authority.check(OTHER, "job.plan", {})
