@@ -224,6 +224,7 @@ def test_generation_goes_on_with_the_same_tokens(devices: list[Device], tmp_path
         str(model), "--prompt", "Once", "--max-new-tokens", "200", "--devices", "anna,ben,cleo",
     )  # fmt: skip
     undisturbed = owner.json("generate", *options)["tokens"]
+    before = len(owner.json("jobs")["jobs"])
     with subprocess.Popen(
         owner.cli_command("generate", *options, "--json"), stdout=subprocess.PIPE, text=True,
         env=owner.environment(),
@@ -232,8 +233,9 @@ def test_generation_goes_on_with_the_same_tokens(devices: list[Device], tmp_path
 
         def tokens(count: int) -> bool:
             nonlocal job
-            job = owner.json("jobs")["jobs"][0]["id"]
-            return bool(record(owner, job)["step"] >= count)
+            jobs = owner.json("jobs")["jobs"]
+            job = jobs[0]["id"]
+            return len(jobs) > before and jobs[0]["step"] >= count
 
         wait_until(lambda: tokens(20), END_SECONDS, "tokens")
         workers(ben)[0].kill()
