@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +22,7 @@ from tests.e2e import compiled
 READY_SECONDS = 30.0
 STOP_SECONDS = 20.0
 MEET_SECONDS = 30.0
+ASK_SECONDS = 20.0
 
 
 def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
@@ -157,16 +160,40 @@ class Device:
         assert done.stdout, done.stderr[-3000:]
         return [json.loads(line) for line in done.stdout.splitlines()]
 
+    def ask(self, path: str) -> Any:
+        """What the daemon answers on its socket: who asks again and again needs no CLI for it."""
+        connection = _SocketConnection(self.home / "control.sock")
+        try:
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            assert answer.status == 200, f"{path}: {answer.status}"
+            return json.loads(answer.read())
+        finally:
+            connection.close()
+
     def states(self) -> dict[str, str]:
         """Peer names to states, this device left out; a stranger hides no member of its name."""
-        others = [p for p in self.json("peers")["peers"] if not p.get("self")]
+        others = [p for p in self.ask("/v1/peers")["peers"] if not p.get("self")]
         others.sort(key=lambda peer: peer["state"] != "unpaired")
         return {peer["name"]: peer["state"] for peer in others}
 
     def coordinator(self) -> str | None:
         """Name of the coordinator this device follows."""
-        found = self.json("status")["coordinator"]
+        found = self.ask("/v1/status")["coordinator"]
         return None if found is None else str(found["name"])
+
+
+class _SocketConnection(http.client.HTTPConnection):
+    """HTTP over a Unix socket."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=ASK_SECONDS)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(ASK_SECONDS)
+        self.sock.connect(str(self._path))
 
 
 def pair(devices: Sequence[Device]) -> None:
