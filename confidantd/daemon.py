@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import confidantd
+from confidantd.allocator import keep_little
 from confidantd.api.control import ControlApi
 from confidantd.api.views import View
 from confidantd.config import DaemonConfig, environment, load_config, parse_size
@@ -33,6 +34,7 @@ from confidantd.jobs.service import Jobs
 from confidantd.jobs.services import JobServices
 from confidantd.jobs.speed_book import SpeedBook
 from confidantd.jobs.splits import Splits
+from confidantd.jobs.stage_files import StageFiles
 from confidantd.jobs.stage_host import StageHost
 from confidantd.net.network import Network
 from confidantd.profile.battery import BatteryCommand, read_battery
@@ -74,6 +76,7 @@ class Daemon:
         self._trust = TrustStore(home)
         store = BlobStore(home / "store")
         store.forget_passing()
+        StageFiles(home).forget()
         self._network = Network(
             self._identity, self._trust, config.hosts, config.port, store, name=config.name
         )
@@ -289,6 +292,7 @@ def _main(arguments: argparse.Namespace) -> int:
 
 
 async def _serve(config: DaemonConfig) -> int:
+    keep_little()
     daemon = await asyncio.to_thread(Daemon, config)
     running = asyncio.ensure_future(plain_errors(daemon.run(_announce_ready)))
     loop = asyncio.get_running_loop()

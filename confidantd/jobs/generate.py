@@ -8,7 +8,6 @@ from typing import Any
 
 from confidantd.errors import ConfidantError, UsageError
 from confidantd.jobs.job_plans import JobPlans, Launched
-from confidantd.jobs.launch import Launcher
 from confidantd.jobs.options import GenerateOptions, model_folder
 from confidantd.jobs.prompt import TextProcess
 from confidantd.jobs.record import JobLog
@@ -45,26 +44,25 @@ class GenerateJob:
                 self._services, self._log, workload, options.devices, OptimizerSpec(), options.seed
             )
             try:
-                launched = await Launcher(plans).launch()
-                plans.make_do = True
-                await self._generate(plans, launched, prompt, text)
+                await self._generate(plans, prompt, text)
             finally:
                 await asyncio.shield(plans.close())
         finally:
             await asyncio.shield(text.close())
 
-    async def _generate(
-        self, plans: JobPlans, launched: Launched, prompt: list[int], text: TextProcess
-    ) -> None:
+    async def _generate(self, plans: JobPlans, prompt: list[int], text: TextProcess) -> None:
         """All tokens, over as many pipelines as it takes.
 
         A new one is given the tokens so far as a part of the prompt.
         """
+        recovery = Recovery(plans)
+        launched = await recovery.begin()
+        plans.make_do = True
         spec = plans.workload.spec
         room = spec.max_positions - len(prompt) + 1  # the last new token is never fed back
         self._log.record.state = "running"
         self._log.record.steps = min(self._options.max_new_tokens, room)
-        stream, recovery = _Stream(self._log, text, time.monotonic()), Recovery(plans)
+        stream = _Stream(self._log, text, time.monotonic())
         while not stream.finished:
             try:
                 await self._start(launched, spec, prompt, stream.tokens)

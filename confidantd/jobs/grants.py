@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from confidantd.jobs.stage_process import StageProcess
 
 OFFER_SECONDS = 120.0  # a granted offer that is not started by then is forgotten
+TRAINED = "trained-"  # folders of stages begin so
 MAX_REMEMBERED_EPOCHS = 1_000
 NEVER = float("inf")
 
@@ -47,7 +48,7 @@ class Held:
     offer: Offer
     coordinator: DeviceId
     expires: float
-    folder: str  # for what it exports
+    folder: str  # below the job's, for what it has trained
     process: StageProcess | None = None
     next_offer: Offer | None = None
     trained: list[Digest] = field(default_factory=list)  # blobs that others may fetch
@@ -111,7 +112,7 @@ class Grants:
             self._epochs.pop(next(iter(self._epochs)))
         expires = now + OFFER_SECONDS
         if running is None:
-            folder = f"trained-{offer.epoch}-{offer.stage}"
+            folder = f"{TRAINED}{offer.epoch}-{offer.stage}"
             self._held[place_of(offer)] = Held(offer, coordinator, expires, folder)
         else:
             running.next_offer, running.coordinator, running.expires = offer, coordinator, expires

@@ -312,7 +312,7 @@ def _host(swarm: SwarmView, device: DeviceId) -> str:
     for peer in swarm.peers():
         if peer.id == device:
             return peer.address.rpartition(":")[0] if peer.address else "127.0.0.1"
-    raise DeviceError("a device of the plan left before the job began", "start again")
+    raise PeerLostError("a device of the plan has left the swarm", "start again")
 
 
 class _Progress:

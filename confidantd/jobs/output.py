@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from confidantd.errors import OutputError
 from confidantd.ids import Digest
@@ -14,8 +14,10 @@ from confidantd.models.adapter import adapter_config
 from confidantd.models.safetensors import Piece, write_file
 from confidantd.models.spec import LoraSpec, ModelSpec
 from confidantd.store.blobs import BlobStore
+from confidantd.store.files import sync_folder, write_atomically
 from confidantd.wire.worker import TrainedTensor
 
+DONE_NAME = "done.json"
 # What `from_pretrained` reads beside the weights; weights themselves are written anew.
 KEPT_FILES = (
     "generation_config.json",
@@ -31,23 +33,22 @@ KEPT_FILES = (
 
 
 def write_checkpoint(
-    output: Path, model: Path, tensors: Mapping[str, TrainedTensor], store: BlobStore
+    folder: Path, model: Path, tensors: Mapping[str, TrainedTensor], store: BlobStore
 ) -> None:
     """A full checkpoint: float32 weights, the model's config, its tokenizer."""
     config = json.loads((model / "config.json").read_text())
     for key in ("dtype", "torch_dtype"):
         if key in config:
             config[key] = "float32"
-    with _Folder(output) as folder:
-        write_file(folder / "model.safetensors", _pieces(tensors, store))
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for name in KEPT_FILES:
-            if (model / name).is_file():
-                shutil.copyfile(model / name, folder / name)
+    write_file(folder / "model.safetensors", _pieces(tensors, store))
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for name in KEPT_FILES:
+        if (model / name).is_file():
+            shutil.copyfile(model / name, folder / name)
 
 
 def write_adapter(
-    output: Path,
+    folder: Path,
     model: Path,
     spec: ModelSpec,
     lora: LoraSpec,
@@ -55,10 +56,9 @@ def write_adapter(
     store: BlobStore,
 ) -> None:
     """A LoRA adapter as `peft` saves it."""
-    with _Folder(output) as folder:
-        write_file(folder / "adapter_model.safetensors", _pieces(tensors, store))
-        config = adapter_config(spec, lora, str(model))
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_file(folder / "adapter_model.safetensors", _pieces(tensors, store))
+    config = adapter_config(spec, lora, str(model))
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _pieces(tensors: Mapping[str, TrainedTensor], store: BlobStore) -> list[Piece]:
@@ -71,18 +71,22 @@ def _pieces(tensors: Mapping[str, TrainedTensor], store: BlobStore) -> list[Piec
     return pieces
 
 
-class _Folder:
-    """A new folder beside `output` that takes its place when everything is written."""
+class OutputFolder:
+    """A new folder beside `output` that takes its place when everything is written.
 
-    def __init__(self, output: Path) -> None:
-        self._output = output
+    What the job then says is kept in its own folder `job` before that: a daemon that is killed
+    meanwhile knows by it whether the job was done (`done_event`).
+    """
+
+    def __init__(self, output: Path, job: Path, done: Mapping[str, Any]) -> None:
+        self._output, self._kept, self._done = output, job / DONE_NAME, done
+        self._new = _place_beside(output, job.name)
 
     def __enter__(self) -> Path:
         try:
-            self._new = Path(
-                tempfile.mkdtemp(prefix=f".{self._output.name}-", dir=self._output.parent)
-            )
-            self._new.chmod(0o755)
+            self._kept.unlink(missing_ok=True)
+            shutil.rmtree(self._new, ignore_errors=True)  # of a run that was killed
+            self._new.mkdir()
         except OSError as failure:
             raise self._failure(failure) from None
         return self._new
@@ -90,9 +94,11 @@ class _Folder:
     def __exit__(self, _kind: object, failure: BaseException | None, _trace: object) -> None:
         try:
             if failure is None:
+                write_atomically(self._kept, json.dumps(self._done).encode())
                 if self._output.is_dir():
                     self._output.rmdir()  # it was empty when the job began; if not now, keep it
                 self._new.rename(self._output)
+                sync_folder(self._output.parent)
                 return
         except OSError as caught:
             failure = caught
@@ -105,3 +111,20 @@ class _Folder:
             f"cannot write {self._output} ({failure.strerror})",
             "free some disk space or choose another --output",
         )
+
+
+def done_event(job: Path, output: str | None) -> dict[str, Any] | None:
+    """What a job said last whose output took its place, though nobody may have heard it."""
+    if output is None or _place_beside(Path(output), job.name).exists():
+        return None
+    try:
+        if not any(Path(output).iterdir()):
+            return None
+        found = json.loads((job / DONE_NAME).read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _place_beside(output: Path, job: str) -> Path:
+    return output.parent / f".{output.name}-{job}"

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Set as AbstractSet
 
 from confidantd.errors import ConfidantError
 from confidantd.jobs.checkpoints import Checkpoint
-from confidantd.jobs.faults import CURABLE, OWN_FAULTS, Faults
+from confidantd.jobs.faults import CURABLE, OWN_FAULTS, PASSING, Faults
 from confidantd.jobs.job_plans import JobPlans, Launched
 from confidantd.jobs.launch import Launcher
 from confidantd.jobs.pipeline import Pipeline, stop_stages
@@ -23,6 +24,7 @@ from confidantd.tasks import plain_errors
 _log = logging.getLogger(__name__)
 
 WAIT_SECONDS = 600.0  # for devices without which the model does not fit
+BEGIN_SECONDS = 30.0  # for a job that does not run yet: somebody waits for its first word
 FIRST_PAUSE_SECONDS, MOST_PAUSE_SECONDS = 0.2, 2.0
 REUNION_SECONDS = 10.0
 SETTLE_SECONDS = 0.5  # how long commands of a broken pipeline wait for the cause
@@ -38,6 +40,16 @@ class Recovery:
         self._in_vain = 0
         self._went_on_at = self._steps = 0
         self._hopeless = False
+
+    async def begin(self) -> Launched:
+        """The first pipeline; devices that go while it is brought up are planned without."""
+        try:
+            return await plain_errors(Launcher(self._plans).launch())
+        except ConfidantError as failure:
+            if failure.code not in PASSING:
+                raise
+            _log.info("job %s begins again: %s", self._plans.log.record.id, failure)
+        return await self._patiently(None, None, BEGIN_SECONDS, PASSING)
 
     async def cause(self, launched: Launched, failure: ConfidantError) -> ConfidantError:
         """What ended a pipeline: a command that cannot be sent is a symptom of it."""
@@ -131,10 +143,14 @@ class Recovery:
         return f"{stage.name}: {failure.message}"
 
     async def _patiently(
-        self, launched: Launched | None, checkpoint: Checkpoint | None
+        self,
+        launched: Launched | None,
+        checkpoint: Checkpoint | None,
+        seconds: float = WAIT_SECONDS,
+        curable: AbstractSet[str] = CURABLE,
     ) -> Launched:
         """Try until it works: devices come back, and a coordinator is elected."""
-        deadline, pause, said = time.monotonic() + WAIT_SECONDS, FIRST_PAUSE_SECONDS, ""
+        deadline, pause, said = time.monotonic() + seconds, FIRST_PAUSE_SECONDS, ""
         while True:
             if launched is not None and launched.pipeline.stopped:
                 launched = None
@@ -143,7 +159,7 @@ class Recovery:
                 self._plans.log.record.message = None
                 return found
             except ConfidantError as failure:
-                if self._hopeless or failure.code not in CURABLE or time.monotonic() > deadline:
+                if self._hopeless or failure.code not in curable or time.monotonic() > deadline:
                     raise
                 if failure.message != said:
                     _log.info("job %s waits: %s", self._plans.log.record.id, failure)

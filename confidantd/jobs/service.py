@@ -31,6 +31,7 @@ from confidantd.jobs.options import (
     model_folder,
     options_from,
 )
+from confidantd.jobs.output import done_event
 from confidantd.jobs.record import FINAL_STATES, JobLog, JobRecord, State
 from confidantd.jobs.services import JobServices, ask_coordinator, failure_event
 from confidantd.jobs.setup import planned_workload
@@ -67,13 +68,26 @@ class Jobs:
             self._logs[log.record.id] = log
             if log.record.state in FINAL_STATES:
                 continue
+            done = await asyncio.to_thread(done_event, log.folder, log.record.output)
             try:
-                await self._resume(log)
+                if done is None:
+                    await self._resume(log)
+                else:
+                    await self._finish(log, done)
             except ConfidantError as failure:
                 _log.warning("job %s is not resumed: %s", log.record.id, failure)
                 log.record.state = "failed"
                 log.record.message = f"the daemon ended while the job ran ({failure})"
                 await self._keep(log)
+
+    async def _finish(self, log: JobLog, done: dict[str, Any]) -> None:
+        """Of a job that was done but for saying so."""
+        await log.reopen()
+        log.record.state, log.record.message = "done", None
+        if await log.last("done") is None:
+            log.emit(done)
+        log.close()
+        await self._keep(log)
 
     def list(self) -> list[dict[str, Any]]:
         """Records, the newest first."""

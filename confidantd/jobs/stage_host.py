@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -21,6 +20,7 @@ from confidantd.jobs.spares import SpareKeeper
 from confidantd.jobs.speed_book import SpeedBook
 from confidantd.jobs.splits import Splits, program_request
 from confidantd.jobs.stage_blobs import StageBlobs
+from confidantd.jobs.stage_files import StageFiles
 from confidantd.jobs.stage_hearer import StageHearer
 from confidantd.jobs.stage_process import StageProcess
 from confidantd.planner.memory import enforced_bytes
@@ -56,8 +56,6 @@ from confidantd.wire.worker import (
 
 _log = logging.getLogger(__name__)
 
-TURNS = "turns"  # the file that the stages of one job on this device lock
-
 
 class StageHost:
     """Answers `stage.*` requests on this device."""
@@ -79,7 +77,7 @@ class StageHost:
         self._peers = peers
         self._store = store
         self._blobs = StageBlobs(peers, store)
-        self._home = home
+        self._home, self._files = home, StageFiles(home)
         self._hosts = hosts
         self._threads = threads
         self._resources = resources
@@ -218,7 +216,8 @@ class StageHost:
     ) -> StageStarted:
         if held.process is None:
             log = self._home / "logs" / f"worker-{assignment.job}-{assignment.stage}.log"
-            await asyncio.to_thread(self._job_folder(held).mkdir, parents=True, exist_ok=True)
+            turns = self._files.turns(held.offer.job)
+            await asyncio.to_thread(turns.parent.mkdir, parents=True, exist_ok=True)
             await asyncio.to_thread(self._speeds.begin, assignment)
             _check_wanted(held)
             hear = StageHearer(self._peers, self._store, self._speeds, held).hear
@@ -264,7 +263,7 @@ class StageHost:
             ("cpu",) if assignment.cpu_only else splits.backends(),
             splits.split,
             str(file),
-            str(self._home / "jobs" / assignment.job / TURNS),
+            str(self._files.turns(assignment.job)),
             limit_bytes,
         )
 
@@ -291,16 +290,10 @@ class StageHost:
         if isinstance(command, Snapshot):
             await self._forget_snapshots(held, command.keep)
         if isinstance(command, Collect | Export | Snapshot):
-            folder = self._trained_folder(held)
+            folder = self._files.trained(held)
             await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
             return replace(command, folder=str(folder))
         return command
-
-    def _job_folder(self, held: Held) -> Path:
-        return self._home / "jobs" / held.offer.job
-
-    def _trained_folder(self, held: Held) -> Path:
-        return self._job_folder(held) / held.folder
 
     def _seen_from_here(self, address: StageAddress) -> StageAddress:
         """The address of this device's own connection to the peer beats the owner's view of it."""
@@ -341,7 +334,7 @@ class StageHost:
         last = job not in self.jobs()
         if last:
             self._spares.drop(job)
-        await asyncio.to_thread(_remove, self._trained_folder(held), self._job_folder(held), last)
+        await asyncio.to_thread(self._files.remove, held, last=last)
         self._released.set()
 
     async def _forget_trained(self, held: Held) -> None:
@@ -364,18 +357,3 @@ class StageHost:
 def _check_wanted(held: Held) -> None:
     if held.released:
         raise CancelledJobError(f"job {held.offer.job} was stopped while its stage was loaded here")
-
-
-def _remove(trained: Path, job: Path, last: bool) -> None:
-    """What a stage has written; with the job's `last` stage here also what all of them share.
-
-    The owner's record of the job, which lies there too, stays.
-    """
-    with contextlib.suppress(OSError):
-        for path in trained.iterdir():
-            path.unlink()
-        trained.rmdir()
-    if last:
-        with contextlib.suppress(OSError):
-            (job / TURNS).unlink(missing_ok=True)
-            job.rmdir()

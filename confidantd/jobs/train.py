@@ -6,14 +6,14 @@ import asyncio
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from confidantd.errors import ConfidantError, DataError, WorkerError
 from confidantd.jobs.checkpoints import Checkpoint, Checkpoints
 from confidantd.jobs.course import Course, make_course
 from confidantd.jobs.job_plans import JobPlans, Launched
-from confidantd.jobs.launch import Launcher
 from confidantd.jobs.options import TrainOptions, check_files, check_output
-from confidantd.jobs.output import write_adapter, write_checkpoint
+from confidantd.jobs.output import OutputFolder, write_adapter, write_checkpoint
 from confidantd.jobs.prepare import fingerprint
 from confidantd.jobs.record import JobLog
 from confidantd.jobs.recovery import Recovery
@@ -79,7 +79,7 @@ class TrainJob:
             if self._resumed:
                 launched = await recovery.resume(committed)
             else:
-                launched = await Launcher(plans).launch()
+                launched = await recovery.begin()
             plans.make_do = True
             loop = StepLoop(
                 plans,
@@ -147,34 +147,39 @@ class TrainJob:
     async def _finish(self, launched: Launched, workload: Workload, progress: StepProgress) -> None:
         emit_progress(self._log, "save", 0, 1)
         tensors, peaks = await self._collect(launched)
+        done = self._summary(launched, progress, peaks)
         try:
-            await asyncio.to_thread(self._write, workload, tensors)
+            await asyncio.to_thread(self._write, workload, tensors, done)
         finally:
             await asyncio.to_thread(self._forget, tensors)
         emit_progress(self._log, "save", 1, 1)
+        self._log.emit(done)
+
+    def _summary(
+        self, launched: Launched, progress: StepProgress, peaks: Mapping[int, int]
+    ) -> dict[str, Any]:
+        """The `done` event."""
         busy = progress.busy_fractions()
-        self._log.emit(
-            {
-                "event": "done",
-                "job": self._log.record.id,
-                "output": self._options.output,
-                "steps": progress.done,
-                "final_loss": progress.last_loss,
-                "step_seconds": progress.step_seconds(),
-                "timeline": progress.timeline(),
-                "stages": [
-                    {
-                        "device": stage.device,
-                        "name": stage.name,
-                        "layers": [stage.first_layer, stage.past_last_layer],
-                        "peak_memory_bytes": peaks[index],
-                        "busy_fraction": busy[index],
-                        "backends": progress.backends(index),
-                    }
-                    for index, stage in enumerate(launched.plan.stages)
-                ],
-            }
-        )
+        return {
+            "event": "done",
+            "job": self._log.record.id,
+            "output": self._options.output,
+            "steps": progress.done,
+            "final_loss": progress.last_loss,
+            "step_seconds": progress.step_seconds(),
+            "timeline": progress.timeline(),
+            "stages": [
+                {
+                    "device": stage.device,
+                    "name": stage.name,
+                    "layers": [stage.first_layer, stage.past_last_layer],
+                    "peak_memory_bytes": peaks[index],
+                    "busy_fraction": busy[index],
+                    "backends": progress.backends(index),
+                }
+                for index, stage in enumerate(launched.plan.stages)
+            ],
+        }
 
     async def _collect(self, launched: Launched) -> tuple[dict[str, TrainedTensor], dict[int, int]]:
         """Trained tensors by name, fetched and verified, and each stage's peak memory."""
@@ -201,13 +206,16 @@ class TrainJob:
             if tensor.digest is not None:
                 self._services.store.remove(tensor.digest)
 
-    def _write(self, workload: Workload, tensors: dict[str, TrainedTensor]) -> None:
+    def _write(
+        self, workload: Workload, tensors: dict[str, TrainedTensor], done: Mapping[str, Any]
+    ) -> None:
         output, store = check_output(self._options.output), self._services.store
         model = workload.model.path
-        if workload.lora is not None:
-            write_adapter(output, model, workload.spec, workload.lora, tensors, store)
-        else:
-            write_checkpoint(output, model, tensors, store)
+        with OutputFolder(output, self._log.folder, done) as folder:
+            if workload.lora is not None:
+                write_adapter(folder, model, workload.spec, workload.lora, tensors, store)
+            else:
+                write_checkpoint(folder, model, tensors, store)
 
 
 def check_text(folder: Path, options: TrainOptions) -> None:

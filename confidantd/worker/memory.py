@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import math
 import os
 import re
@@ -48,12 +46,6 @@ def memory_bytes() -> int:
     finally:
         os.close(statm)
     return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def give_back_freed() -> None:
-    """Return to the system what was freed between arrays that live on, where its C library can."""
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def too_large(place: StageAssignment | None, used_bytes: int, bound: str) -> DoesNotFitError:

@@ -11,6 +11,7 @@ from confidantd.engine.tensors import Floats
 from confidantd.engine.train_stage import TrainStage
 from confidantd.errors import StorageError
 from confidantd.models.stage_parts import Part, ordered, stage_parts
+from confidantd.store.files import storage_error
 from confidantd.wire.worker import (
     STATE_BYTES,
     Collected,
@@ -92,9 +93,7 @@ def _write(path: Path, arrays: Sequence[Floats]) -> None:
     try:
         with path.open("wb") as file:
             for array in arrays:
-                np.ascontiguousarray(array, dtype="<f4").tofile(file)
+                file.write(np.ascontiguousarray(array, dtype="<f4").data.cast("B"))
     except OSError as failure:
         path.unlink(missing_ok=True)
-        raise StorageError(
-            f"cannot write {path} ({failure.strerror})", "free some disk space"
-        ) from None
+        raise storage_error(path, failure) from None

@@ -6,6 +6,7 @@ import asyncio
 import os
 from typing import assert_never
 
+from confidantd.allocator import give_back_freed
 from confidantd.engine.decode_stage import DecodeStage
 from confidantd.engine.train_stage import TrainStage
 from confidantd.errors import (
@@ -43,7 +44,6 @@ from confidantd.worker.links import Links
 from confidantd.worker.memory import (
     MEGABYTE,
     MemoryWatch,
-    give_back_freed,
     memory_bytes,
     too_large,
 )

@@ -21,6 +21,7 @@ LAYERS = {
     "config": FOUNDATION,
     "confinement": FOUNDATION,
     "tasks": FOUNDATION,
+    "allocator": FOUNDATION,
     "wire.codec": DECIDE,
     "wire": DECIDE,
     "models": DECIDE,

@@ -1,0 +1,36 @@
+"""Three minutes in which something breaks every ten seconds: everything ends right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.devices import Device, running
+from tests.e2e.small_models import TEXT
+from tests.e2e.test_replanning import make_model
+from tests.lan.chaos import NAMES, Chaos
+from tests.lan.namespaces import Lan
+
+pytestmark = [pytest.mark.lan, pytest.mark.slow]
+
+SECONDS, SEED, STEPS = 180.0, 11, 120
+MOST_GROWTH_BYTES, MOST_MORE_FILES = 5_000_000, 8
+
+
+def test_whatever_breaks_every_job_and_text_ends_right(tmp_path: Path) -> None:
+    """Six devices: three train, one generates; nothing is left behind."""
+    model = make_model(tmp_path / "model", 192, 512)
+    with Lan(len(NAMES)) as lan:
+        devices = [
+            Device(tmp_path / name, name, prefix=host.prefix, host=host.address)
+            for name, host in zip(NAMES, lan.hosts, strict=True)
+        ]
+        with running(devices):
+            result = Chaos(tmp_path, lan, devices, model, TEXT, STEPS).run(SECONDS, SEED)
+    assert not result.wrong, result
+    assert not result.left_behind, result
+    assert result.trained >= 2 * 3, result
+    assert result.epochs > result.trained, "no job was ever cut short"
+    assert max(result.grown_bytes.values()) < MOST_GROWTH_BYTES, result
+    assert max(result.more_files.values()) <= MOST_MORE_FILES, result
