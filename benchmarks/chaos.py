@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.fleet import make_model, make_text
 from benchmarks.report import Claim, parser, report
 from tests.e2e.devices import Device, running
-from tests.lan.chaos import NAMES, Chaos
+from tests.lan.chaos import NAMES, TOLERANCE, Chaos
 from tests.lan.namespaces import Lan
 
 MINUTES, QUICK_MINUTES = 30.0, 1.0
@@ -46,6 +46,7 @@ def claims(minutes: float, seed: int) -> Iterator[Claim]:
         f"seed {seed}; {result.epochs - result.trained} times a job went on in a new epoch"
     )
     yield Claim("jobs and texts that are another", float(len(result.wrong)), 0.0, "", detail)
+    yield Claim("weights differ by", result.farthest_off, TOLERANCE, "relative")
     left = result.left_behind
     yield Claim("left behind", float(len(left)), 0.0, "things", ", ".join(left))
     for name, grown in result.grown_bytes.items():

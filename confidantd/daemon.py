@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import confidantd
-from confidantd.allocator import keep_little
+from confidantd.allocator import give_back_freed, keep_little
 from confidantd.api.control import ControlApi
 from confidantd.api.views import View
 from confidantd.config import DaemonConfig, environment, load_config, parse_size
@@ -206,8 +206,14 @@ class Daemon:
         self._swarm.set_resources(await self._resources())
 
     async def _keep_resources(self) -> None:
+        worked = False
         while True:
             self._swarm.set_resources(await self._resources())
+            works = self._host.granted_bytes() > 0
+            if worked and not works:
+                gc.collect()  # closed TLS connections are cycles of 150 KB
+                give_back_freed()
+            worked = works
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(RESOURCES_SECONDS):
                     await self._granted.wait()

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-GRACE_SECONDS = 3.0  # an ending thread or process may need a moment on a busy machine
+GRACE_SECONDS = 10.0  # an ending thread or process may need a moment on a busy machine
 MARK_NAME = "TEST_RUN_MARK"  # inherited by every process that a test starts, orphans included
 NAMESPACES = Path("/run/netns")
 OPEN_SOCKETS = Path("/proc/self/fd")

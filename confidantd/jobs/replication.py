@@ -214,8 +214,5 @@ class Replication:
 
     async def _forget(self, pending: _Pending) -> None:
         """A checkpoint has files of its own: what was fetched for it may go from the store."""
-        store = self._services.store
         for digest in pending.fetched:
-            await asyncio.to_thread(store.remove, digest)
-            part = store.part_path(digest, passing=True)
-            await asyncio.to_thread(part.unlink, missing_ok=True)
+            await asyncio.to_thread(self._services.store.remove, digest)

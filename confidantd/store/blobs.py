@@ -129,9 +129,10 @@ class BlobStore:
         return digest
 
     def remove(self, digest: Digest) -> None:
-        """Forget a blob that has a file of its own."""
+        """Forget a blob that has a file of its own, or of which a part has come in passing."""
         for passing in (False, True):
             self.path(digest, passing=passing).unlink(missing_ok=True)
+        self.part_path(digest, passing=True).unlink(missing_ok=True)
 
     def finish(self, digest: Digest, *, passing: bool = False) -> Path:
         """Verify a complete `.part` file and give it its name; `CorruptFileError` removes it."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 from confidantd.errors import CorruptFileError, ProtocolError
 from confidantd.ids import Digest
@@ -61,12 +62,22 @@ async def _fill(
     resumed = have > 0
     async with aclosing(_ranges(read_range, digest, have, size_bytes)) as ranges:
         async for data in ranges:
-            await asyncio.to_thread(_append, part, have, data)
+            await _to_its_end(asyncio.to_thread(_append, part, have, data))
             have += len(data)
             progress(have)
     if size_bytes == 0:
         await asyncio.to_thread(_append, part, 0, b"")
     return resumed
+
+
+async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Also when cancelled: nothing may be written any more after that."""
+    writing = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(writing)
+    except asyncio.CancelledError:
+        await asyncio.wait([writing])
+        raise
 
 
 async def _ranges(
