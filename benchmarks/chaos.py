@@ -23,7 +23,7 @@ from tests.lan.chaos import NAMES, TOLERANCE, Chaos
 from tests.lan.namespaces import Lan
 
 MINUTES, QUICK_MINUTES = 30.0, 1.0
-STEPS = 150  # of a job
+STEPS, TOKENS = 150, 250  # of a job, of a text
 GROWN_REACH = 5.0  # MB
 MORE_FILES_REACH = 8.0  # connections to others come and go
 
@@ -39,7 +39,8 @@ def claims(minutes: float, seed: int) -> Iterator[Claim]:
             for name, host in zip(NAMES, lan.hosts, strict=True)
         ]
         with running(devices):
-            result = Chaos(folder, lan, devices, model, text, STEPS).run(60 * minutes, seed)
+            chaos = Chaos(folder, lan, devices, model, text, STEPS, TOKENS)
+            result = chaos.run(60 * minutes, seed)
     print(*result.wrong, sep="\n", file=sys.stderr)
     detail = (
         f"of {result.trained} jobs and {result.texts} texts; {len(result.faults)} faults, "

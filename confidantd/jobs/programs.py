@@ -148,11 +148,11 @@ class Programs:
         write_atomically(index, json.dumps(plain).encode())
 
     def _cached(self, request: ProgramRequest) -> dict[str, ProgramEntry] | None:
-        """Programs remembered from an earlier job, if every blob is still there."""
+        """Programs remembered from an earlier job, if every blob is still there and whole."""
         try:
             plain = json.loads(self._index(request).read_text())
         except (FileNotFoundError, ValueError):
             return None
         programs = {name: from_map(ProgramEntry, entry) for name, entry in plain.items()}
-        there = all(self._store.locate(Digest(entry.digest)) for entry in programs.values())
+        there = all(self._store.check(Digest(entry.digest)) for entry in programs.values())
         return programs if there else None

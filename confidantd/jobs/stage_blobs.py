@@ -20,7 +20,7 @@ PARALLEL_FETCHES = 4
 
 
 class StageBlobs:
-    """Fetches what is not in the store yet, some blobs at a time."""
+    """Fetches what is not in the store yet, or damaged there, some blobs at a time."""
 
     def __init__(self, peers: Peers, store: BlobStore) -> None:
         self._peers = peers
@@ -37,7 +37,7 @@ class StageBlobs:
 
         async def one(digest: Digest, size_bytes: int) -> tuple[Digest, BlobRange]:
             async with gate:
-                found = await asyncio.to_thread(self._store.locate, digest)
+                found = await asyncio.to_thread(self._store.check, digest)
                 if found is None:
                     await fetch(
                         self._store,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import hashlib
+import logging
 import os
 import secrets
 import shutil
@@ -22,6 +23,8 @@ from weakref import WeakValueDictionary
 from confidantd.errors import CorruptFileError, ProtocolError
 from confidantd.ids import Digest, digest_of, is_digest
 from confidantd.store.files import storage_error, sync_folder, write_atomically
+
+_log = logging.getLogger(__name__)
 
 READ_BYTES = 1024 * 1024
 
@@ -85,6 +88,22 @@ class BlobStore:
         if found is None or not _unchanged(found):
             return None
         return found.path, found.offset, found.length
+
+    def check(self, digest: Digest) -> tuple[Path, int, int] | None:
+        """As `locate`, after its bytes have been hashed again: disks forget.
+
+        A damaged file of its own is removed, so that it can be fetched anew; a range of another
+        file raises `CorruptFileError`.
+        """
+        found = self.locate(digest)
+        if found is None or hash_range(*found) == digest:
+            return found
+        path = found[0]
+        if path.parent not in (self._blobs, self._passing):
+            raise CorruptFileError(f"{path} has changed on the disk", "copy it there again")
+        _log.warning("the blob %s is damaged on this disk: it is removed", path)
+        path.unlink(missing_ok=True)
+        return None
 
     def register(self, digest: Digest, path: Path, offset: int, length: int) -> None:
         """Serve a range of a file as a blob, as long as the file is not changed."""

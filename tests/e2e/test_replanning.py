@@ -62,12 +62,12 @@ def whole_core(swarm: Swarm) -> None:
     swarm.quota.set(None)
 
 
-def make_model(folder: Path, hidden: int, columns: int) -> Path:
+def make_model(folder: Path, hidden: int, columns: int, positions: int = 256) -> Path:
     """A random Llama of eight blocks with tied ends."""
     torch.manual_seed(3)
     config = LlamaConfig(
         vocab_size=257, hidden_size=hidden, intermediate_size=columns, num_hidden_layers=8,
-        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=256,
+        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=positions,
         tie_word_embeddings=True, initializer_range=0.05, eos_token_id=256, bos_token_id=None,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)

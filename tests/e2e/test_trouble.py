@@ -9,11 +9,12 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.e2e.devices import Device, met, running, swarm, wait_until
-from tests.e2e.small_models import Small, make_small
+from tests.e2e.small_models import Small, copy_model, make_small
 from tests.e2e.test_jobs import END_SECONDS, record, wait_for_no_workers
 from tests.e2e.test_recovery import FAULT_AFTER, check, disturbed, full_run, replans
 
@@ -80,6 +81,59 @@ def test_a_full_disk_costs_no_committed_step(tmp_path: Path, small: Small) -> No
             more = owner.events("jobs", "watch", job)
             assert replans(more)[-1]["resumed_from_step"] == committed
             check(more, full_run(small), output, "model.safetensors")
+
+
+def flip(path: Path, offset: int) -> None:
+    """One bit of a file, as a bad disk does: its times stay."""
+    status = path.stat()
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def train(owner: Device, small: Small, model: Path, output: Path) -> list[dict[str, Any]]:
+    """The events of three steps over two devices."""
+    return owner.events(
+        "train", str(model), "--data", str(small.text), "--output", str(output), "--steps", "3",
+        "--batch-size", "2", "--sequence-length", str(small.length), "--devices", "anna,ben",
+    )  # fmt: skip
+
+
+def test_what_a_disk_forgets_is_noticed_and_fetched_again(tmp_path: Path, small: Small) -> None:
+    """One bit of every weight and program that a device has kept; then one of the model itself."""
+    model = copy_model(small.folder, tmp_path / "model")
+    with swarm(tmp_path / "swarm", 2) as devices:
+        owner, ben = devices
+        first = train(owner, small, model, tmp_path / "first")
+        kept = [path for path in (ben.home / "store" / "blobs").iterdir() if path.is_file()]
+        for path in kept:
+            flip(path, path.stat().st_size // 2)
+        second = train(owner, small, model, tmp_path / "second")
+        losses = [[e["loss"] for e in run if e["event"] == "step"] for run in (first, second)]
+        assert len(losses[0]) == 3
+        assert losses[0] == losses[1]
+        assert ben.log.read_text().count("is damaged on this disk") >= len(kept) / 2 > 1
+        weights = model / "model.safetensors"
+        flip(weights, weights.stat().st_size - 100)
+        last = train(owner, small, model, tmp_path / "third")[-1]
+        assert (last["event"], last["code"]) == ("failed", "corrupt-file"), last
+        assert not (tmp_path / "third").exists()
+        wait_for_no_workers(*devices)
+
+
+def test_a_model_file_that_is_cut_off(tmp_path: Path, small: Small) -> None:
+    model = copy_model(small.folder, tmp_path / "model")
+    weights = model / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 100)
+    with swarm(tmp_path / "swarm", 1) as (owner,):
+        done = owner.cli("generate", str(model), "--prompt", "Once")
+        assert (done.returncode, done.stdout) == (1, "")
+        (line,) = done.stderr.splitlines()
+        assert "model.safetensors" in line
+        assert owner.json("jobs")["jobs"] == []
 
 
 class Clock:

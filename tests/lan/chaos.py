@@ -62,14 +62,21 @@ class Result:
 
 
 class Chaos:
-    """`run` does everything; jobs have so many steps of `text`."""
+    """`run` does everything; jobs have so many steps of `text`, texts so many tokens."""
 
     def __init__(
-        self, folder: Path, lan: Lan, devices: Sequence[Device], model: Path, text: Path, steps: int
+        self,
+        folder: Path,
+        lan: Lan,
+        devices: Sequence[Device],
+        model: Path,
+        text: Path,
+        steps: int,
+        tokens: int,
     ) -> None:
         self._folder, self._lan, self._model, self._text = folder, lan, model, text
         self._devices = {device.name: device for device in devices}
-        self._steps = steps
+        self._steps, self._most_tokens = steps, tokens
         self._going = threading.Event()
         self._quiet: dict[str, dict[str, Any]] = {}
         self._tokens: list[int] = []
@@ -184,7 +191,13 @@ class Chaos:
 
     def _generate(self) -> dict[str, Any]:
         done = self._devices[GENERATOR].cli(
-            "generate", str(self._model), "--prompt", "Once", "--max-new-tokens", "250", "--json"
+            "generate",
+            str(self._model),
+            "--prompt",
+            "Once",
+            "--max-new-tokens",
+            str(self._most_tokens),
+            "--json",
         )
         answer: dict[str, Any] = json.loads(done.stdout)
         return answer

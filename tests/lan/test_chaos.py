@@ -14,21 +14,22 @@ from tests.lan.namespaces import Lan
 
 pytestmark = [pytest.mark.lan, pytest.mark.slow]
 
-SECONDS, SEED, STEPS = 180.0, 11, 150
+SECONDS, SEED, STEPS, TOKENS = 180.0, 11, 250, 1_000
 MBIT = 20.0  # so that links are what takes time: other tests run beside it
 MOST_GROWTH_BYTES, MOST_MORE_FILES = 5_000_000, 8
 
 
 def test_whatever_breaks_every_job_and_text_ends_right(tmp_path: Path) -> None:
     """Six devices: three train, one generates; nothing is left behind."""
-    model = make_model(tmp_path / "model", 64, 160)
+    model = make_model(tmp_path / "model", 64, 160, positions=2 * TOKENS)
     with Lan(len(NAMES), mbit=MBIT) as lan:
         devices = [
             Device(tmp_path / name, name, prefix=host.prefix, host=host.address)
             for name, host in zip(NAMES, lan.hosts, strict=True)
         ]
         with running(devices):
-            result = Chaos(tmp_path, lan, devices, model, TEXT, STEPS).run(SECONDS, SEED)
+            chaos = Chaos(tmp_path, lan, devices, model, TEXT, STEPS, TOKENS)
+            result = chaos.run(SECONDS, SEED)
     assert not result.wrong, result
     assert not result.left_behind, result
     assert result.trained >= 2 * 3, result

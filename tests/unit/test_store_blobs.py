@@ -146,3 +146,25 @@ def test_what_passes_is_gone_after_a_restart(store: BlobStore, tmp_path: Path) -
     again.forget_passing()
     assert again.locate(digest) is None
     assert again.locate(kept) is not None
+
+
+def test_a_damaged_blob_is_noticed(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path / "store")
+    digest = store.put_bytes(b"weights of a block")
+    assert store.check(digest) == (store.path(digest), 0, 18)
+    store.path(digest).write_bytes(b"weights of a blokk")
+    assert store.check(digest) is None
+    assert not store.path(digest).exists(), "it can be fetched again"
+
+
+def test_a_damaged_range_of_another_file_is_an_error(tmp_path: Path) -> None:
+    store, file = BlobStore(tmp_path / "store"), tmp_path / "model.safetensors"
+    file.write_bytes(b"head weights tail")
+    status, digest = file.stat(), digest_of(b"weights")
+    store.register(digest, file, 5, 7)
+    assert store.check(digest) == (file, 5, 7)
+    file.write_bytes(b"head w3ights tail")
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(CorruptFileError, match="has changed on the disk"):
+        store.check(digest)
+    assert file.exists()
