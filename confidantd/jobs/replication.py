@@ -107,7 +107,7 @@ class Replication:
             self._take_written()
         if pending is not None:
             await self._forget(pending)
-        await self._tasks.close()
+        await self._tasks.finish()
 
     async def after(self, steps: int) -> None:
         """These steps were sent to the stages: a snapshot may follow them."""

@@ -88,6 +88,7 @@ class StageHost:
         self._grants = Grants()
         self._spares = SpareKeeper(peers, store)
         self._reading: Counter[Digest] = Counter()  # states, by the starts that read them
+        self._dropping = asyncio.Lock()
         self._released = asyncio.Event()  # since it was cleared
         self._deciding = asyncio.Lock()  # two offers at once must not get the same memory
         self._tasks = TaskSet("stages")
@@ -197,7 +198,8 @@ class StageHost:
             assignment, threads=self._threads, memory_bytes=held.offer.memory_bytes
         )
         digests = {entry.digest for entry in assignment.state}
-        self._reading.update(digests)
+        async with self._dropping:  # what is being dropped is gone before this looks for it
+            self._reading.update(digests)
         try:
             blobs = await self._blobs.fetch(owner, assignment)
             started = await self._start_worker(held, assignment, blobs)
@@ -206,7 +208,7 @@ class StageHost:
             raise
         finally:
             self._reading.subtract(digests)
-            await self._forget_state(digests)
+            await self._drop(digests)  # it is in memory now; on the disk it would outlive the job
         self._grants.started(held)
         self._grants_changed()
         return to_map(started)
@@ -241,14 +243,15 @@ class StageHost:
         if not held.released:
             await self._release(held)
 
-    async def _forget_state(self, digests: set[Digest]) -> None:
-        """What was taken over from others is in memory now; here it would outlive the job. The
-        other stage of a job that has both ends here may still read it.
+    async def _drop(self, digests: set[Digest]) -> None:
+        """Of states those that no stage here has written or begins with: equal ones are one blob,
+        also of an epoch that is over and of the next one.
         """
-        self._reading += Counter()  # drops what nobody reads
-        own = {digest for held in self._grants for digest in held.blobs}
-        for digest in digests - own - self._reading.keys():
-            await asyncio.to_thread(self._store.remove, digest)
+        async with self._dropping:
+            self._reading += Counter()  # forgets what nobody reads
+            own = {digest for held in self._grants for digest in held.blobs}
+            for digest in digests - own - self._reading.keys():
+                await asyncio.to_thread(self._store.remove, digest)
 
     def _load(
         self, assignment: StageAssignment, blobs: dict[Digest, BlobRange], limit_bytes: int
@@ -338,17 +341,16 @@ class StageHost:
         self._released.set()
 
     async def _forget_trained(self, held: Held) -> None:
-        for digest in held.trained:
-            await asyncio.to_thread(self._store.remove, digest)
+        trained = set(held.trained)
         held.trained.clear()
+        await self._drop(trained)
 
     async def _forget_snapshots(self, held: Held, keep: tuple[int, ...]) -> None:
-        """All but those; what two have in common stays with the one that stays."""
+        """All but those."""
         going = {steps: found for steps, found in held.snapshots.items() if steps not in keep}
         for steps in going:
             del held.snapshots[steps]
-        for digest in set().union(*going.values()) - held.blobs:
-            await asyncio.to_thread(self._store.remove, digest)
+        await self._drop(set().union(*going.values()))
 
     def _forget_expired(self) -> None:
         self._grants.forget_expired(asyncio.get_running_loop().time())

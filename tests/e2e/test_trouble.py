@@ -129,7 +129,9 @@ def test_a_model_file_that_is_cut_off(tmp_path: Path, small: Small) -> None:
     weights = model / "model.safetensors"
     os.truncate(weights, weights.stat().st_size - 100)
     with swarm(tmp_path / "swarm", 1) as (owner,):
-        done = owner.cli("generate", str(model), "--prompt", "Once")
+        done = owner.cli(
+            "train", str(model), "--data", str(small.text), "--output", str(tmp_path / "out")
+        )
         assert (done.returncode, done.stdout) == (1, "")
         (line,) = done.stderr.splitlines()
         assert "model.safetensors" in line
