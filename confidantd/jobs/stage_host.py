@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from confidantd.errors import CancelledJobError, ConfidantError, ProtocolError
 from confidantd.ids import DeviceId, Digest, JobId, is_job_id
 from confidantd.jobs.authority import Right
 from confidantd.jobs.grants import Grants, Held, Place
+from confidantd.jobs.passing_states import PassingStates
 from confidantd.jobs.peers import Peers
 from confidantd.jobs.request_checks import check_offer
 from confidantd.jobs.spares import SpareKeeper
@@ -87,8 +87,7 @@ class StageHost:
         self._speeds = speeds
         self._grants = Grants()
         self._spares = SpareKeeper(peers, store)
-        self._reading: Counter[Digest] = Counter()  # states, by the starts that read them
-        self._dropping = asyncio.Lock()
+        self._states = PassingStates(store, self._written_states)
         self._released = asyncio.Event()  # since it was cleared
         self._deciding = asyncio.Lock()  # two offers at once must not get the same memory
         self._tasks = TaskSet("stages")
@@ -152,6 +151,7 @@ class StageHost:
             await self._release(held)
         await self._spares.close()
         await self._tasks.close()
+        await self._states.close()
 
     async def _offer(self, coordinator: DeviceId, params: dict[str, Any]) -> dict[str, Any]:
         offer = from_map(Offer, params)
@@ -198,17 +198,13 @@ class StageHost:
             assignment, threads=self._threads, memory_bytes=held.offer.memory_bytes
         )
         digests = {entry.digest for entry in assignment.state}
-        async with self._dropping:  # what is being dropped is gone before this looks for it
-            self._reading.update(digests)
-        try:
-            blobs = await self._blobs.fetch(owner, assignment)
-            started = await self._start_worker(held, assignment, blobs)
-        except BaseException:
-            await self._release(held)
-            raise
-        finally:
-            self._reading.subtract(digests)
-            await self._drop(digests)  # it is in memory now; on the disk it would outlive the job
+        async with self._states.reading(digests):
+            try:
+                blobs = await self._blobs.fetch(owner, assignment)
+                started = await self._start_worker(held, assignment, blobs)
+            except BaseException:
+                await self._release(held)
+                raise
         self._grants.started(held)
         self._grants_changed()
         return to_map(started)
@@ -242,16 +238,6 @@ class StageHost:
                 await self._peers.notify(held.offer.owner, "stage.event", to_map(message))
         if not held.released:
             await self._release(held)
-
-    async def _drop(self, digests: set[Digest]) -> None:
-        """Of states those that no stage here has written or begins with: equal ones are one blob,
-        also of an epoch that is over and of the next one.
-        """
-        async with self._dropping:
-            self._reading += Counter()  # forgets what nobody reads
-            own = {digest for held in self._grants for digest in held.blobs}
-            for digest in digests - own - self._reading.keys():
-                await asyncio.to_thread(self._store.remove, digest)
 
     def _load(
         self, assignment: StageAssignment, blobs: dict[Digest, BlobRange], limit_bytes: int
@@ -340,17 +326,20 @@ class StageHost:
         await asyncio.to_thread(self._files.remove, held, last=last)
         self._released.set()
 
+    def _written_states(self) -> set[Digest]:
+        return {digest for held in self._grants for digest in held.blobs}
+
     async def _forget_trained(self, held: Held) -> None:
         trained = set(held.trained)
         held.trained.clear()
-        await self._drop(trained)
+        await self._states.drop(trained)
 
     async def _forget_snapshots(self, held: Held, keep: tuple[int, ...]) -> None:
         """All but those."""
         going = {steps: found for steps, found in held.snapshots.items() if steps not in keep}
         for steps in going:
             del held.snapshots[steps]
-        await self._drop(set().union(*going.values()))
+        await self._states.drop(set().union(*going.values()))
 
     def _forget_expired(self) -> None:
         self._grants.forget_expired(asyncio.get_running_loop().time())
