@@ -13,10 +13,10 @@ OWN_FAULTS = frozenset(
 # Those that another try on the same device does not mend.
 LASTING = frozenset(("does-not-fit", "storage"))
 # What may be over a moment later: a device went, or the swarm has just learned of one.
-PASSING = frozenset(("peer-lost", "peer-refused", "stale-epoch"))
+PASSING = frozenset(("peer-lost", "peer-refused", "stale-epoch", "no-coordinator"))
 # What another epoch may mend. Anything else is the user's own trouble.
 CURABLE = OWN_FAULTS | PASSING | {
-    "protocol", "not-allowed", "declined", "bad-device", "no-coordinator", "corrupt-file",
+    "protocol", "not-allowed", "declined", "bad-device", "corrupt-file",
 }  # fmt: skip
 MOST_OF_A_DEVICE = 2  # a worker may be killed once, for whatever reason, and start again
 FORGIVEN_STEPS = 100  # after so many more it begins anew

@@ -8,7 +8,7 @@ from dataclasses import replace
 from confidantd.errors import ConfidantError
 from confidantd.jobs.faults import OWN_FAULTS
 from confidantd.jobs.job_plans import JobPlans, Launched
-from confidantd.jobs.pipeline import Pipeline
+from confidantd.jobs.pipeline import Pipeline, stop_stages
 from confidantd.jobs.prepare import prepare
 from confidantd.planner.plan import Plan
 
@@ -30,18 +30,27 @@ class Launcher:
             if plans.material is None:
                 await self.prepare()
             plan = await self._planned("job.negotiate")
-            await plans.show(plan)
-            pipeline = plans.pipeline(plan, {}, None, 0)
+            pipeline: Pipeline | None = None
             try:
+                await plans.show(plan)
+                pipeline = plans.pipeline(plan, {}, None, 0)
                 await pipeline.start()
             except BaseException as failure:
-                await asyncio.shield(pipeline.stop())
-                if not isinstance(failure, Exception):
+                await asyncio.shield(self._stop(pipeline, plan))
+                if pipeline is None or not isinstance(failure, Exception):
                     raise
                 if not await self.goes_on_without(pipeline, plan):
                     raise
                 continue
             return plans.launched(pipeline, plan)
+
+    async def _stop(self, pipeline: Pipeline | None, plan: Plan) -> None:
+        """Free what was promised."""
+        if pipeline is not None:
+            await pipeline.stop()
+            return
+        plans, devices = self._plans, {stage.device for stage in plan.stages}
+        await stop_stages(plans.services.peers, devices, plans.log.record.id, plans.epoch)
 
     async def prepare(self) -> None:
         """Refuse what cannot be before compiling, cut the batch, and get all that is needed."""

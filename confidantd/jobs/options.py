@@ -176,9 +176,9 @@ def model_folder(path: str) -> Path:
 def check_output(path: str) -> Path:
     """The output folder, which must be absent or empty, in a folder that can be written."""
     folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{path} is a file", "give a new folder to --output")
     try:
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(f"{path} is a file", "give a new folder to --output")
         if folder.is_dir() and any(folder.iterdir()):
             raise OutputError(
                 f"the output folder {path} is not empty", "give a new or empty folder to --output"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from confidantd.errors import OutputError
+from confidantd.errors import OutputError, StorageError
 from confidantd.ids import Digest
 from confidantd.models.adapter import adapter_config
 from confidantd.models.safetensors import Piece, write_file
@@ -80,7 +82,7 @@ class OutputFolder:
 
     def __init__(self, output: Path, job: Path, done: Mapping[str, Any]) -> None:
         self._output, self._kept, self._done = output, job / DONE_NAME, done
-        self._new = _place_beside(output, job.name)
+        self._new = output.parent / f".{output.name}-{job.name}"
 
     def __enter__(self) -> Path:
         try:
@@ -92,39 +94,53 @@ class OutputFolder:
         return self._new
 
     def __exit__(self, _kind: object, failure: BaseException | None, _trace: object) -> None:
-        try:
-            if failure is None:
-                write_atomically(self._kept, json.dumps(self._done).encode())
-                if self._output.is_dir():
-                    self._output.rmdir()  # it was empty when the job began; if not now, keep it
-                self._new.rename(self._output)
-                sync_folder(self._output.parent)
+        if failure is None:
+            try:
+                self._take_place()
+            except (OSError, StorageError) as caught:
+                failure = caught
+            else:
+                with contextlib.suppress(OSError):  # a folder that may not be listed
+                    sync_folder(self._output.parent)
                 return
-        except OSError as caught:
-            failure = caught
+        self._kept.unlink(missing_ok=True)
         shutil.rmtree(self._new, ignore_errors=True)
-        if isinstance(failure, OSError):
+        if isinstance(failure, OSError | StorageError):
             raise self._failure(failure) from None
 
-    def _failure(self, failure: OSError) -> OutputError:
+    def _take_place(self) -> None:
+        for path in self._new.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(self._new)
+        kept = {"folder": _identity(self._new), "done": self._done}
+        write_atomically(self._kept, json.dumps(kept).encode())
+        if self._output.is_dir():
+            self._output.rmdir()  # it was empty when the job began; if not now, keep it
+        self._new.rename(self._output)
+
+    def _failure(self, failure: OSError | StorageError) -> OutputError:
+        why = failure.message if isinstance(failure, StorageError) else failure.strerror
         return OutputError(
-            f"cannot write {self._output} ({failure.strerror})",
+            f"cannot write {self._output} ({why})",
             "free some disk space or choose another --output",
         )
 
 
 def done_event(job: Path, output: str | None) -> dict[str, Any] | None:
     """What a job said last whose output took its place, though nobody may have heard it."""
-    if output is None or _place_beside(Path(output), job.name).exists():
+    if output is None:
         return None
     try:
-        if not any(Path(output).iterdir()):
-            return None
-        found = json.loads((job / DONE_NAME).read_text())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+        kept = json.loads((job / DONE_NAME).read_text())
+        if kept["folder"] == _identity(Path(output)) and isinstance(kept["done"], dict):
+            return kept["done"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
 
 
-def _place_beside(output: Path, job: str) -> Path:
-    return output.parent / f".{output.name}-{job}"
+def _identity(folder: Path) -> list[int]:
+    """The same for a folder that was renamed, another for any other."""
+    status = folder.stat()
+    return [status.st_dev, status.st_ino]

@@ -154,5 +154,5 @@ class Programs:
         except (FileNotFoundError, ValueError):
             return None
         programs = {name: from_map(ProgramEntry, entry) for name, entry in plain.items()}
-        there = all(self._store.check(Digest(entry.digest)) for entry in programs.values())
-        return programs if there else None
+        there = [self._store.check(Digest(entry.digest)) for entry in programs.values()]
+        return programs if all(there) else None

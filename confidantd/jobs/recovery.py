@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Set as AbstractSet
 
-from confidantd.errors import ConfidantError
+from confidantd.errors import ConfidantError, StorageError
 from confidantd.jobs.checkpoints import Checkpoint
 from confidantd.jobs.faults import CURABLE, OWN_FAULTS, PASSING, Faults
 from confidantd.jobs.job_plans import JobPlans, Launched
@@ -71,7 +71,8 @@ class Recovery:
         gives it again.
         """
         self._count(steps_done)
-        if failure.code not in CURABLE or self._in_vain > MOST_IN_VAIN:
+        own_disk = failure.code == StorageError.code and launched.pipeline.failed_stage is None
+        if failure.code not in CURABLE or self._in_vain > MOST_IN_VAIN or own_disk:
             raise failure
         plans = self._plans
         plans.log.record.state = "recovering"
@@ -80,8 +81,6 @@ class Recovery:
         reason = self._reason(launched, failure)
         if checkpoint is None:
             await launched.pipeline.stop()
-            if plans.asked.microbatches == 0:  # other devices may cut the batch better
-                plans.workload, plans.material = plans.asked, None
             self._went_on_at = goes_on_at
             found = await self._patiently(None, None)
             plans.emit_replan(reason, goes_on_at)
@@ -114,7 +113,9 @@ class Recovery:
             await asyncio.sleep(FIRST_PAUSE_SECONDS)
 
     def _count(self, steps_done: int) -> None:
-        self._in_vain = self._in_vain + 1 if steps_done <= self._went_on_at else 0
+        """The last try was in vain if it did no step, or ended where the one before did."""
+        further = steps_done > self._went_on_at and steps_done != self._steps
+        self._in_vain = 0 if further else self._in_vain + 1
         self._steps = steps_done
 
     def _blame(self, pipeline: Pipeline, plan: Plan) -> None:
@@ -175,6 +176,8 @@ class Recovery:
         if plans.material is None and checkpoint is not None:
             await Launcher(plans).prepare()
         if checkpoint is None:
+            if plans.asked.microbatches == 0:  # other devices may cut the batch better
+                plans.workload, plans.material = plans.asked, None
             return await plain_errors(Launcher(plans).launch())
         lost = set() if launched is None else self._lost(launched)
         plan = await self._plan(launched, lost)

@@ -68,13 +68,13 @@ class Jobs:
             self._logs[log.record.id] = log
             if log.record.state in FINAL_STATES:
                 continue
-            done = await asyncio.to_thread(done_event, log.folder, log.record.output)
             try:
+                done = await asyncio.to_thread(done_event, log.folder, log.record.output)
                 if done is None:
                     await self._resume(log)
                 else:
                     await self._finish(log, done)
-            except ConfidantError as failure:
+            except (ConfidantError, OSError) as failure:
                 _log.warning("job %s is not resumed: %s", log.record.id, failure)
                 log.record.state = "failed"
                 log.record.message = f"the daemon ended while the job ran ({failure})"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+from pathlib import Path
 
-from confidantd.errors import PeerLostError, ProtocolError
+from confidantd.errors import CorruptFileError, ModelError, PeerLostError, ProtocolError
 from confidantd.ids import DeviceId, Digest
 from confidantd.jobs.peers import Peers
 from confidantd.store.blobs import BlobStore
@@ -15,6 +17,8 @@ from confidantd.wire.codec import to_map
 from confidantd.wire.jobs import StageProgress
 from confidantd.wire.stage import StageAssignment
 from confidantd.wire.worker import BlobRange
+
+_log = logging.getLogger(__name__)
 
 PARALLEL_FETCHES = 4
 
@@ -37,13 +41,12 @@ class StageBlobs:
 
         async def one(digest: Digest, size_bytes: int) -> tuple[Digest, BlobRange]:
             async with gate:
-                found = await asyncio.to_thread(self._store.check, digest)
+                source = holders.get(digest, assignment.source)
+                found = await self._checked(digest, own=source == self._peers.self_id)
                 if found is None:
                     await fetch(
                         self._store,
-                        lambda d, offset, length: self._peers.read_blob(
-                            holders.get(d, assignment.source), d, offset, length
-                        ),
+                        lambda d, offset, length: self._peers.read_blob(source, d, offset, length),
                         digest,
                         size_bytes,
                         passing=digest in holders,
@@ -60,6 +63,19 @@ class StageBlobs:
             return dict(task.result() for task in tasks)
 
         return await plain_errors(every())
+
+    async def _checked(self, digest: Digest, *, own: bool) -> tuple[Path, int, int] | None:
+        """A blob that is here and whole. One of this device's `own` is nowhere else."""
+        try:
+            found = await asyncio.to_thread(self._store.check, digest)
+        except CorruptFileError as failure:
+            if own:
+                raise ModelError(failure.message, failure.hint) from None
+            _log.warning("%s; it is fetched from another device", failure.message)
+            return None
+        if found is None and own:
+            raise ModelError(f"the blob {digest[:12]} was damaged on this disk", "try again")
+        return found
 
 
 class _FetchProgress:

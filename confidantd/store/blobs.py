@@ -92,15 +92,15 @@ class BlobStore:
     def check(self, digest: Digest) -> tuple[Path, int, int] | None:
         """As `locate`, after its bytes have been hashed again: disks forget.
 
-        A damaged file of its own is removed, so that it can be fetched anew; a range of another
-        file raises `CorruptFileError`.
+        A damaged file of its own is removed, a damaged range of another file raises
+        `CorruptFileError`. Either can be fetched anew.
         """
         found = self.locate(digest)
         if found is None or hash_range(*found) == digest:
             return found
         path = found[0]
         if path.parent not in (self._blobs, self._passing):
-            raise CorruptFileError(f"{path} has changed on the disk", "copy it there again")
+            raise CorruptFileError(f"{path} has changed on the disk", "restore it")
         _log.warning("the blob %s is damaged on this disk: it is removed", path)
         path.unlink(missing_ok=True)
         return None
@@ -149,9 +149,9 @@ class BlobStore:
 
     def remove(self, digest: Digest) -> None:
         """Forget a blob that has a file of its own, or of which a part has come in passing."""
+        self.part_path(digest, passing=True).unlink(missing_ok=True)
         for passing in (False, True):
             self.path(digest, passing=passing).unlink(missing_ok=True)
-        self.part_path(digest, passing=True).unlink(missing_ok=True)
 
     def finish(self, digest: Digest, *, passing: bool = False) -> Path:
         """Verify a complete `.part` file and give it its name; `CorruptFileError` removes it."""

@@ -43,7 +43,7 @@ async def fetch(
             part = store.part_path(digest, passing=passing)
             resumed = await _fill(part, read_range, digest, size_bytes, progress)
             try:
-                await asyncio.to_thread(store.finish, digest, passing=passing)
+                await _to_its_end(asyncio.to_thread(store.finish, digest, passing=passing))
             except CorruptFileError:
                 if not resumed or attempt + 1 == ATTEMPTS:
                     raise
@@ -70,13 +70,14 @@ async def _fill(
     return resumed
 
 
-async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+async def _to_its_end(work: Coroutine[Any, Any, object]) -> None:
     """Also when cancelled: nothing may be written any more after that."""
     writing = asyncio.ensure_future(work)
     try:
         await asyncio.shield(writing)
     except asyncio.CancelledError:
         await asyncio.wait([writing])
+        writing.exception()  # nobody hears it any more
         raise
 
 

@@ -99,6 +99,7 @@ def train(owner: Device, small: Small, model: Path, output: Path) -> list[dict[s
     return owner.events(
         "train", str(model), "--data", str(small.text), "--output", str(output), "--steps", "3",
         "--batch-size", "2", "--sequence-length", str(small.length), "--devices", "anna,ben",
+        "--owner-ends", "always",
     )  # fmt: skip
 
 
@@ -119,7 +120,8 @@ def test_what_a_disk_forgets_is_noticed_and_fetched_again(tmp_path: Path, small:
         weights = model / "model.safetensors"
         flip(weights, weights.stat().st_size - 100)
         last = train(owner, small, model, tmp_path / "third")[-1]
-        assert (last["event"], last["code"]) == ("failed", "corrupt-file"), last
+        assert (last["event"], last["code"]) == ("failed", "bad-model"), last
+        assert last["message"] == f"{weights} has changed on the disk"
         assert not (tmp_path / "third").exists()
         wait_for_no_workers(*devices)
 

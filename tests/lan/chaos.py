@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shutil
@@ -218,7 +219,8 @@ class Chaos:
         match kind:
             case "worker":
                 for worker in workers(device)[:1]:
-                    worker.kill()
+                    with contextlib.suppress(psutil.NoSuchProcess):  # its job ends just now
+                        worker.kill()
             case "cut":
                 self._lan.cut(host)
                 time.sleep(AWAY_SECONDS)
@@ -235,30 +237,35 @@ class Chaos:
             time.sleep(0.5)
         self.result.left_behind = found
 
+    def _files(self, home: Path) -> list[Path]:
+        """Of jobs that are over; none while a daemon is at work on them."""
+        patterns = ("checkpoints", "tokens.bin", "trained-*", "turns")
+        jobs = home / "jobs"
+        try:
+            found = [path for pattern in patterns for path in jobs.rglob(pattern)]
+        except FileNotFoundError:  # removed meanwhile
+            return [jobs]
+        return [*(home / "store" / "passing").iterdir(), *found]
+
     def _leavings(self) -> list[str]:
         """What should not be there when nothing runs."""
         found: list[str] = []
         for device in self._devices.values():
             found += [f"worker {worker.pid} of {device.name}" for worker in workers(device)]
-            rests = [
-                *(device.home / "store" / "passing").iterdir(),
-                *(device.home / "jobs").rglob("checkpoints"),
-                *(device.home / "jobs").rglob("tokens.bin"),
-                *(device.home / "jobs").rglob("*.state"),
-            ]
-            found += [str(path.relative_to(self._folder)) for path in rests]
+            found += [str(path.relative_to(self._folder)) for path in self._files(device.home)]
             if device.ask("/v1/status")["memory"]["granted_bytes"]:
                 found.append(f"memory granted on {device.name}")
-        return found
+        return [*found, *(path.name for path in self._folder.glob(".*"))]
 
 
 def _sizes(process: psutil.Process) -> tuple[int, int]:
     """Resident bytes and open files of a daemon that has nothing to do: the least in a while."""
-    found = []
+    memory, files = [], []
     for _ in range(10):
         time.sleep(IDLE_SECONDS / 10)
-        found.append((process.memory_info().rss, process.num_fds()))
-    return min(found)
+        memory.append(process.memory_info().rss)
+        files.append(process.num_fds())
+    return min(memory), min(files)
 
 
 def _asked(device: Device, path: str) -> dict[str, Any] | None:
