@@ -98,8 +98,8 @@ def train(owner: Device, small: Small, model: Path, output: Path) -> list[dict[s
     """The events of three steps over two devices."""
     return owner.events(
         "train", str(model), "--data", str(small.text), "--output", str(output), "--steps", "3",
-        "--batch-size", "8", "--microbatches", "2", "--sequence-length", str(small.length), "--devices", "anna,ben",
-        "--owner-ends", "always",
+        "--batch-size", "8", "--microbatches", "2", "--sequence-length", str(small.length),
+        "--devices", "anna,ben", "--owner-ends", "always",
     )  # fmt: skip
 
 
