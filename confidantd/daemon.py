@@ -30,6 +30,7 @@ from confidantd.jobs.measuring import SpeedMeasuring
 from confidantd.jobs.peers import Peers
 from confidantd.jobs.pipeline import PipelineRouter
 from confidantd.jobs.programs import Programs
+from confidantd.jobs.quantising import Quantiser
 from confidantd.jobs.service import Jobs
 from confidantd.jobs.services import JobServices
 from confidantd.jobs.speed_book import SpeedBook
@@ -119,6 +120,7 @@ class Daemon:
             store=store,
             index=ModelIndex(store),
             programs=Programs(peers, store, home, can_compile="compiler" in roles()),
+            quantiser=Quantiser(store, home),
             router=self._router,
         )
         self._coordinator = Coordinator(peers, self._swarm, self._swarm.coordinator)

@@ -20,6 +20,7 @@ from confidantd.errors import (
 
 PHASES = {
     "compile": "compiling programs (once per model)",
+    "quantise": "quantising weights (once per model)",
     "distribute": "sending layers",
     "measure": "measuring backends",
 }

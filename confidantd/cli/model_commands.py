@@ -30,6 +30,11 @@ _devices = options(
         "--layers", metavar="N,...", type=counts, help="So many on each of --devices, in order."
     ),
 )
+_quantise = click.option(
+    "--quantise",
+    metavar="FORMAT",
+    help="int8 or int4: smaller and faster, a little less exact. [default: none]",
+)
 _shape = options(  # what changes a plan
     click.option("--method", type=METHODS, help="What is trained. [default: full]"),
     click.option("--rank", metavar="R", type=COUNT, help="LoRA rank. [default: 8]"),
@@ -76,6 +81,7 @@ _course = options(  # what changes the result
 @click.option("--serve", "objective", flag_value="serve", help="For many requests at once.")
 @click.option("--load", metavar="N", type=COUNT, help="Requests at once of --serve. [default: 8]")
 @_shape
+@_quantise
 @click.option(
     "--what-if", metavar="FILE", type=path, help="Plan for the devices in a TOML file instead."
 )
@@ -132,6 +138,7 @@ def train(detach: bool, wait: bool, **given: Any) -> None:
     help="Sample from the likeliest tokens of this total probability. [default: 1]",
 )
 @click.option("--seed", metavar="N", type=WHOLE, help="Of the sampling. [default: 0]")
+@_quantise
 @_devices
 @common
 def generate(**given: Any) -> None:

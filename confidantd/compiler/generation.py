@@ -18,6 +18,7 @@ from confidantd.compiler.program import Port, Program, Values, ports
 from confidantd.compiler.units import flat_groups, part_ports
 from confidantd.models.layout import block_layout, embedding_layout, head_layout
 from confidantd.models.parts import GROUPS, attention_parameters, mlp_parameters
+from confidantd.models.rope import rope_frequencies
 from confidantd.models.spec import BlockSpec, ModelSpec, ProgramRequest
 
 
@@ -113,7 +114,7 @@ def _new(block: BlockSpec, kv_heads: int | str) -> tuple[Port, ...]:
 def _frequencies(block: BlockSpec) -> dict[str, Tensor]:
     if block.rope is None:
         return {}
-    return {"frequencies": maths.rope_frequencies(block.rope, block.head_dim)}
+    return {"frequencies": torch.tensor(rope_frequencies(block.rope, block.head_dim))}
 
 
 def _attention_part(spec: ModelSpec) -> Program:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from confidantd.models.layout import output_major
-from confidantd.models.spec import Activation, BlockSpec, RopeSpec
+from confidantd.models.spec import Activation, BlockSpec
 
 Weights = Mapping[str, Tensor]
 _MASKED = -1e30  # finite, so that no row of a softmax is all infinities
@@ -73,27 +73,6 @@ def activate(x: Tensor, kind: Activation) -> Tensor:
             return 0.5 * x * (1.0 + torch.tanh(inner))
         case "relu":
             return torch.relu(x)
-
-
-def rope_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:
-    """Inverse frequencies [d / 2], in float32 as every Llama implementation computes them.
-
-    `llama3` stretches long wavelengths by `factor`, keeps short ones, and blends
-    linearly in between (Llama 3.1's model card code).
-    """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    frequencies = 1.0 / (rope.theta**exponents)
-    if rope.kind == "default":
-        return frequencies
-    if rope.kind == "linear":
-        return frequencies / rope.factor
-    low, high = rope.low_frequency_factor, rope.high_frequency_factor
-    wavelengths = 2 * math.pi / frequencies
-    blend = (rope.original_max_positions / wavelengths - low) / (high - low)
-    stretched = (1 - blend) * frequencies / rope.factor + blend * frequencies
-    long = wavelengths > rope.original_max_positions / low
-    stretched = torch.where(long, frequencies / rope.factor, stretched)
-    return torch.where(wavelengths < rope.original_max_positions / high, frequencies, stretched)
 
 
 def rope_tables(angles: Tensor) -> tuple[Tensor, Tensor]:

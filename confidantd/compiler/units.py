@@ -24,6 +24,7 @@ from confidantd.models.parts import (
     attention_parameters,
     mlp_parameters,
 )
+from confidantd.models.rope import rope_frequencies
 from confidantd.models.spec import BlockSpec, ProgramRequest
 from confidantd.models.tensors import target_linears
 
@@ -157,6 +158,6 @@ def _rope_tables(request: ProgramRequest) -> dict[str, Tensor]:
     if spec.rope is None:
         return {}
     positions = torch.arange(request.sequence_length, dtype=torch.float32)
-    frequencies = maths.rope_frequencies(spec.rope, spec.head_dim)
+    frequencies = torch.tensor(rope_frequencies(spec.rope, spec.head_dim))
     cosine, sine = maths.rope_tables(torch.outer(positions, frequencies))
     return {"cosine": cosine, "sine": sine}

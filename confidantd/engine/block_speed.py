@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from confidantd.engine.decode_stage import DecodeStage
+from confidantd.engine.generation.stage import FusedStage, GeneratingStage
 from confidantd.engine.tensors import Floats, Reader
 from confidantd.engine.train_stage import TrainStage
 from confidantd.models.spec import Form, ProgramRequest
@@ -150,13 +150,13 @@ class Bench:
         progress(2, 2)
         return Speeds(forward, head=head)
 
-    def _token_seconds(self, stage: DecodeStage, past: int) -> float:
+    def _token_seconds(self, stage: GeneratingStage, past: int) -> float:
         """One token after `past` others."""
         token = _some((1, 1, self.request.model.block.hidden))
         return _mean(lambda: stage.forward(0, token), before=lambda: stage.truncate(0, past))
 
-    def _decoder(self, spec: StageSpec) -> DecodeStage:
-        return DecodeStage(spec, self.programs, self._reader(), None, self.threads)
+    def _decoder(self, spec: StageSpec) -> GeneratingStage:
+        return FusedStage(spec, self._reader(), None, self.threads)
 
     def _spec(self, blocks: int, *, embedding: bool = False, head: bool = False) -> StageSpec:
         model = replace(self.request.model, layers=max(1, blocks), tied=False)

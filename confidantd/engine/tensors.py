@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from confidantd.errors import CorruptFileError, ModelError
 from confidantd.models.tensors import Source
 
+Array = NDArray[Any]
 Floats = NDArray[np.float32]
 Reader = Callable[[str], NDArray[Any]]  # the tensor of a Hugging Face (or peft) name
 
@@ -39,15 +40,23 @@ def tensor_from_file(path: Path, offset: int, dtype: str, shape: tuple[int, ...]
     return mapped
 
 
+def stored(source: Source, read: Callable[[str], Any]) -> Array:
+    """A parameter as it lies in its checkpoint."""
+    array = read(source.name)
+    if not isinstance(array, np.ndarray):
+        raise ModelError(f"{source.name} is quantised, which only generation can use")
+    if array.shape != source.shape:
+        raise ModelError(f"{source.name} has shape {array.shape}, expected {source.shape}")
+    return array
+
+
 def load(source: Source, read: Reader, *, writable: bool) -> Floats:
     """A parameter in its program's layout: float32, C order.
 
     One that is not written to stays a memory map of its file where that has this layout.
     """
-    stored = read(source.name)
-    if stored.shape != source.shape:
-        raise ModelError(f"{source.name} has shape {stored.shape}, expected {source.shape}")
-    turned = stored.T if source.transposed else stored
+    found = stored(source, read)
+    turned = found.T if source.transposed else found
     if writable:
         return np.array(turned, dtype=np.float32, order="C")
     return np.require(turned, np.float32, ("C", "ALIGNED"))

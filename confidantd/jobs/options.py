@@ -105,6 +105,7 @@ class PlanOptions:
     microbatches: int | None = None
     sequence_length: int | None = None
     max_new_tokens: int = DEFAULT_NEW_TOKENS
+    quantise: str = "none"
     devices: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
     owner_ends: OwnerEnds = "auto"
@@ -123,6 +124,7 @@ class GenerateOptions:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    quantise: str = "none"
     devices: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
 

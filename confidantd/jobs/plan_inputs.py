@@ -10,6 +10,7 @@ from dataclasses import replace
 from confidantd.errors import DeviceError, UsageError
 from confidantd.ids import DeviceId, short_id
 from confidantd.models.programs import worth_splitting
+from confidantd.models.quantisation import block_bytes, head_bytes
 from confidantd.models.saved import saved_floats
 from confidantd.models.spec import ProgramRequest
 from confidantd.models.tensors import (
@@ -190,6 +191,8 @@ def plan_workload(request: PlanRequest) -> Workload:
         saved_floats=0 if request.method is None else _saved_floats(request),
         splits=worth_splitting(program_request(request)),
         load=request.load,
+        block_bytes=block_bytes(model) if model.quantised else 0,
+        head_bytes=head_bytes(model) if model.quantised else 0,
     )
 
 

@@ -16,6 +16,7 @@ from confidantd.jobs.record import JobLog
 from confidantd.jobs.services import JobServices, SwarmView, emit_progress
 from confidantd.jobs.setup import Workload
 from confidantd.models.programs import program_names, worth_splitting
+from confidantd.models.quantisation import quantised_matrices
 from confidantd.models.safetensors import TensorLocation
 from confidantd.models.stage_parts import stage_parts
 from confidantd.planner.costs import PlanDevice
@@ -51,16 +52,25 @@ async def fingerprint(services: JobServices, log: JobLog, workload: Workload) ->
 async def _programs(
     services: JobServices, log: JobLog, workload: Workload
 ) -> dict[str, ProgramEntry]:
-    """The programs of whole blocks, and of parts where a device could share blocks out."""
+    """The programs of whole blocks, and of parts where a device could share blocks out.
+
+    Stages that generate write their program themselves: only what shares blocks out needs some,
+    and where nobody can compile, nothing does.
+    """
 
     def progress(name: str, done: int, of: int) -> None:
         emit_progress(log, "compile", done, of, name)
 
     request, others = workload.program_request(), compilers(services.swarm)
-    found = await services.programs.get(request, others, progress)
     peers = [p for p in services.swarm.peers() if p.is_self or p.state == "alive"]
     several = any(p.resources is not None and len(p.resources.backends) > 1 for p in peers)
-    if several and worth_splitting(request):
+    split = several and worth_splitting(request)
+    if workload.method is None:
+        split = split and not workload.spec.quantised
+        if not (split and services.programs.possible(others)):
+            return {}
+    found = await services.programs.get(request, others, progress)
+    if split:
         parts = replace(request, split=True)
         found = found | await services.programs.get(parts, others, progress)
     return found
@@ -133,10 +143,26 @@ async def _index(
     """Digests of the tensors that any stage needs, and of the adapter's."""
     whole = Wanted(stage_parts(0, workload.spec.layers, embedding=True, head=True))
     emit_progress(log, "distribute", 0, 1, "reading the model")
-    tensors = await _entries(services, workload.model.tensors, whole.tensor_names(workload.spec))
+    tensors = await _tensors(services, log, workload, whole)
     names = whole.adapter_names(workload.spec, workload.lora)
     names = tuple(name for name in names if name in workload.adapter)
     return tensors, await _entries(services, workload.adapter, names)
+
+
+async def _tensors(
+    services: JobServices, log: JobLog, workload: Workload, whole: Wanted
+) -> Mapping[str, TensorEntry]:
+    """The checkpoint's tensors, and in the place of matrices what they are quantised to."""
+    model, spec = workload.model, workload.spec
+    entries = await _entries(services, model.tensors, whole.tensor_names(model.spec))
+    if not spec.quantised:
+        return entries
+
+    def progress(name: str, done: int, of: int) -> None:
+        emit_progress(log, "quantise", done, of, name)
+
+    matrices = quantised_matrices(spec, tied=model.spec.tied)
+    return entries | await services.quantiser.entries(matrices, entries, model.tensors, progress)
 
 
 async def _entries(

@@ -65,6 +65,10 @@ class Programs:
         self._one_at_a_time = asyncio.Lock()  # a compiler takes over 500 MB
         peers.on_request("programs.compile", self._compile_for_peer)
 
+    def possible(self, compilers: Sequence[DeviceId]) -> bool:
+        """Whether this device or another one can compile."""
+        return self._can_compile or bool(compilers)
+
     async def get(
         self, request: ProgramRequest, compilers: Sequence[DeviceId], progress: Progress
     ) -> dict[str, ProgramEntry]:

@@ -11,6 +11,7 @@ from confidantd.ids import DeviceId
 from confidantd.jobs.peers import Peers
 from confidantd.jobs.pipeline import PipelineRouter
 from confidantd.jobs.programs import Programs
+from confidantd.jobs.quantising import Quantiser
 from confidantd.jobs.record import JobLog
 from confidantd.planner.plan import Plan
 from confidantd.store.blobs import BlobStore
@@ -44,6 +45,7 @@ class JobServices:
     store: BlobStore
     index: ModelIndex
     programs: Programs
+    quantiser: Quantiser
     router: PipelineRouter
 
 

@@ -20,6 +20,7 @@ from confidantd.jobs.options import (
 )
 from confidantd.models.adapter import read_adapter
 from confidantd.models.folder import ModelFolder, read_model
+from confidantd.models.quantisation import quantised_spec
 from confidantd.models.safetensors import TensorLocation
 from confidantd.models.spec import LoraSpec, Method, ModelSpec, ProgramRequest
 from confidantd.models.tensors import check_targets, default_targets
@@ -45,11 +46,12 @@ class Workload:
     layers: tuple[int, ...] = ()  # of each device, where the user insists
     owner_ends: OwnerEnds = "auto"
     load: int = 0
+    quantise: str = "none"
 
     @property
     def spec(self) -> ModelSpec:
-        """The model's spec."""
-        return self.model.spec
+        """The model as the job computes with it."""
+        return quantised_spec(self.model.spec, self.quantise)
 
     def plan_request(self, job: JobId, epoch: int, devices: tuple[str, ...]) -> PlanRequest:
         """What the coordinator needs to plan this."""
@@ -122,7 +124,10 @@ def generate_workload(options: GenerateOptions | PlanOptions, prompt_tokens: int
     length = prompt_tokens + options.max_new_tokens
     check_layers(options.devices, options.layers, model.spec.layers)
     room = min(length, model.spec.max_positions)
-    return Workload(model, None, lora, adapter, 1, 1, room, options.layers)
+    quantised_spec(model.spec, options.quantise)  # refuses what there is not
+    return Workload(
+        model, None, lora, adapter, 1, 1, room, options.layers, quantise=options.quantise
+    )
 
 
 def planned_workload(options: PlanOptions) -> Workload:

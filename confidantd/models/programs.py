@@ -10,7 +10,7 @@ from confidantd.models.spec import ProgramRequest
 from confidantd.models.tensors import block_parameters
 from confidantd.wire.codec import to_map
 
-COMPILER_VERSION = "11"  # raise it whenever the compiler would write other programs
+COMPILER_VERSION = "12"  # raise it whenever the compiler would write other programs
 
 LEAST_SPLIT_FLOPS = 1e8  # of a block's forward: under 1 ms on a phone's core, less than a join
 LEAST_SPLIT_PARAMETERS = 5e6  # of a block in generation: a token reads them once, in 1 to 4 ms

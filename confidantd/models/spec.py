@@ -50,7 +50,10 @@ class BlockSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """A whole causal language model: `layers` equal blocks between embedding and head."""
+    """A whole causal language model: `layers` equal blocks between embedding and head.
+
+    `quantised` names the format of the matrices of blocks, where they have one (generation).
+    """
 
     family: str
     block: BlockSpec
@@ -60,6 +63,7 @@ class ModelSpec:
     positions: Positions
     tied: bool
     end_tokens: tuple[int, ...] = ()
+    quantised: str = ""
 
 
 @dataclass(frozen=True, slots=True)

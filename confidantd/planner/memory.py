@@ -10,7 +10,7 @@ from confidantd.planner.workload import (
     Form,
     Method,
     Workload,
-    held_parameters,
+    held_bytes,
     trained_parameters,
 )
 from confidantd.schedule.one_f_one_b import in_flight
@@ -85,8 +85,8 @@ def stage_memory(
     """The estimate for a stage of `layers` blocks, at place `stage` of `stages`, whose blocks
     are shared out between the CPU and `providers` further backends.
     """
-    held = held_parameters(work, layers, embedding=embedding, head=head)
-    held += layers * work.block_adapter if work.method == "lora" else 0
+    held = held_bytes(work, layers, embedding=embedding, head=head)
+    held += FLOAT_BYTES * layers * work.block_adapter if work.method != "full" else 0
     trained = trained_parameters(work, layers, embedding=embedding, head=head)
     kept = 0
     if work.method is not None:
@@ -98,7 +98,7 @@ def stage_memory(
         kept += copies * FLOAT_BYTES * work.saved_floats
     apart = work.tied and work.method == "full" and embedding != head
     return MemoryEstimate(
-        weights=FLOAT_BYTES * held,
+        weights=held,
         gradients=FLOAT_BYTES * trained,
         moments=2 * FLOAT_BYTES * trained,
         kept=kept,

@@ -25,6 +25,7 @@ class Workload:
     `saved_floats` is what one block keeps of one microbatch in the saved form. `splits`:
     its blocks are large enough for a device's backends to share them out. `load`: so many
     requests are served at once, each as long as `sequence_length`; 0 is one that is generated.
+    `block_bytes` and `head_bytes`: of weights that are quantised; 0 are those of float32.
     """
 
     model: str
@@ -47,6 +48,8 @@ class Workload:
     saved_floats: int = 0
     splits: bool = False
     load: int = 0
+    block_bytes: int = 0
+    head_bytes: int = 0
 
     @property
     def tokens(self) -> int:
@@ -88,6 +91,14 @@ def held_parameters(work: Workload, layers: int, *, embedding: bool, head: bool)
     if head and not (work.tied and embedding):
         ends += work.head_parameters
     return layers * work.block_parameters + ends
+
+
+def held_bytes(work: Workload, layers: int, *, embedding: bool, head: bool) -> int:
+    """Of the model's weights on a stage, without an adapter's."""
+    if not work.block_bytes:
+        return FLOAT_BYTES * held_parameters(work, layers, embedding=embedding, head=head)
+    ends = FLOAT_BYTES * work.embedding_parameters if embedding else 0
+    return layers * work.block_bytes + ends + (work.head_bytes if head else 0)
 
 
 def trained_parameters(work: Workload, layers: int, *, embedding: bool, head: bool) -> int:

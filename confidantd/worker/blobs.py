@@ -8,27 +8,55 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from confidantd.engine.tensors import tensor_from_file
+from confidantd.engine.generation.weights import AnyReader
+from confidantd.engine.quantised import Quantised, quantised_from_file
+from confidantd.engine.tensors import Array, Reader, tensor_from_file
 from confidantd.errors import MissingTensorError
 from confidantd.ids import Digest
+from confidantd.models.block_format import BlockFormat
 from confidantd.wire.stage import ProgramEntry, StateEntry, TensorEntry
 from confidantd.wire.worker import BlobRange
 
-Reader = Callable[[str], NDArray[Any]]
+Entries = tuple[TensorEntry, ...]
+Blobs = Mapping[Digest, BlobRange]
 
 
-def reader(entries: tuple[TensorEntry, ...], blobs: Mapping[Digest, BlobRange]) -> Reader:
+def reader(entries: Entries, blobs: Blobs) -> Reader:
     """A function from a tensor's name to its array (memory-mapped, read-only)."""
+    place = _places(entries, blobs)
+
+    def read(name: str) -> Array:
+        entry, path, offset = place(name)
+        return tensor_from_file(path, offset, entry.dtype, entry.shape)
+
+    return read
+
+
+def any_reader(entries: Entries, blobs: Blobs) -> AnyReader:
+    """As `reader`, of tensors that may be quantised."""
+    place = _places(entries, blobs)
+
+    def read(name: str) -> Array | Quantised:
+        entry, path, offset = place(name)
+        form = BlockFormat.parse(entry.dtype)
+        if form is None:
+            return tensor_from_file(path, offset, entry.dtype, entry.shape)
+        return quantised_from_file(path, offset, form, entry.shape)
+
+    return read
+
+
+def _places(entries: Entries, blobs: Blobs) -> Callable[[str], tuple[TensorEntry, Path, int]]:
     by_name = {entry.name: entry for entry in entries}
 
-    def read(name: str) -> NDArray[Any]:
+    def place(name: str) -> tuple[TensorEntry, Path, int]:
         entry = by_name.get(name)
         if entry is None or entry.digest not in blobs:
             raise MissingTensorError(f"this stage was not given the tensor {name}")
         blob = blobs[entry.digest]
-        return tensor_from_file(Path(blob.path), blob.offset, entry.dtype, entry.shape)
+        return entry, Path(blob.path), blob.offset
 
-    return read
+    return place
 
 
 def state_reader(

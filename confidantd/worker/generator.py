@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from confidantd.engine.decode_stage import DecodeStage
+from confidantd.engine.generation.stage import GeneratingStage
 from confidantd.engine.sampling import Sampler
 from confidantd.planner.memory import prefill_chunk
 from confidantd.wire.frames import FrameKind
@@ -37,7 +37,7 @@ class Generator:
     def __init__(
         self,
         place: StageAssignment,
-        stage: DecodeStage,
+        stage: GeneratingStage,
         exchange: Exchange,
         report: Callable[[Token], None],
     ) -> None:
@@ -78,7 +78,7 @@ class Generator:
 
     async def _forward(self, sequence: int, x: NDArray[np.generic], *, last: bool) -> None:
         """One step of this stage; `last` says that the head shall choose a token after it."""
-        y = await self._exchange.compute(self._stage.forward, sequence, x, last=last)
+        y = await self._exchange.compute(self._stage.forward, sequence, x)
         if not self._place.spec.head:
             target = self._place.stage + 1
             await self._exchange.send(target, FrameKind.HIDDEN, sequence, int(last), y)

@@ -7,7 +7,7 @@ import os
 from typing import assert_never
 
 from confidantd.allocator import give_back_freed
-from confidantd.engine.decode_stage import DecodeStage
+from confidantd.engine.generation.stage import GeneratingStage
 from confidantd.engine.train_stage import TrainStage
 from confidantd.errors import (
     ConfidantError,
@@ -50,7 +50,7 @@ from confidantd.worker.memory import (
 from confidantd.worker.results import write_snapshot, write_states, write_trained
 from confidantd.worker.stages import (
     become,
-    make_decode_stage,
+    make_generating_stage,
     make_links,
     make_train_stage,
     partners,
@@ -200,14 +200,14 @@ class StageWorker:
 
     async def _serve_generation(self, load: Load, exchange: Exchange) -> None:
         report = PipeReport(self._pipe.send)
-        stage = await exchange.compute(make_decode_stage, load, report)
+        stage = await exchange.compute(make_generating_stage, load, report)
         try:
             await self._generate(load.assignment, stage, exchange)
         finally:
             await exchange.compute(stage.close)  # after what it computes now
 
     async def _generate(
-        self, place: StageAssignment, stage: DecodeStage, exchange: Exchange
+        self, place: StageAssignment, stage: GeneratingStage, exchange: Exchange
     ) -> None:
         self._pipe.send(Loaded({}))
         generator = Generator(place, stage, exchange, self._pipe.send)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from confidantd.engine.decode_stage import DecodeStage
+from confidantd.engine.generation.stage import FusedStage, GeneratingStage
+from confidantd.engine.split.decode_stage import SplitStage
+from confidantd.engine.split.fastest import faster
+from confidantd.engine.tensors import Reader
 from confidantd.engine.train_stage import TrainStage
 from confidantd.planner.memory import MOST_PREFILL
 from confidantd.wire.stage import StageAssignment
 from confidantd.wire.worker import Load
 from confidantd.worker.backends import PipeReport, SplitFile, chosen_backends
-from confidantd.worker.blobs import Reader, program_paths, reader, state_reader
+from confidantd.worker.blobs import any_reader, program_paths, reader, state_reader
 from confidantd.worker.links import Links
 from confidantd.worker.tied import tied_partner, tied_rows
 
@@ -68,18 +71,22 @@ def become(stage: TrainStage, load: Load, report: PipeReport) -> None:
     _schedule(stage, load, report, TRAIN_SPLIT_PROGRAM)
 
 
-def make_decode_stage(load: Load, report: PipeReport) -> DecodeStage:
-    """Programs and weights of a generating stage, and who computes its blocks."""
+def make_generating_stage(load: Load, report: PipeReport) -> GeneratingStage:
+    """A generating stage, one program on the CPU unless it is faster on several backends."""
     place = load.assignment
-    stage = DecodeStage(
-        place.spec,
-        program_paths(place.programs, load.blobs),
-        reader(place.tensors, load.blobs),
-        _adapter_reader(load),
-        place.threads,
-    )
-    _schedule(stage, load, report, DECODE_SPLIT_PROGRAM)
-    return stage
+    read_adapter = _adapter_reader(load)
+    read_any = any_reader(place.tensors, load.blobs)
+    fused = FusedStage(place.spec, read_any, read_adapter, place.threads)
+    if len(load.backends) < 2 or DECODE_SPLIT_PROGRAM not in place.programs:
+        return fused
+    programs = program_paths(place.programs, load.blobs)
+    read = reader(place.tensors, load.blobs)
+    shared = SplitStage(place.spec, programs, read, read_adapter, place.threads)
+    _schedule(shared, load, report, DECODE_SPLIT_PROGRAM)
+    if load.split == "always":
+        fused.close()
+        return shared
+    return faster(place.spec, fused, shared, report)
 
 
 def _adapter_reader(load: Load) -> Reader | None:
@@ -89,7 +96,7 @@ def _adapter_reader(load: Load) -> Reader | None:
 
 
 def _schedule(
-    stage: TrainStage | DecodeStage, load: Load, report: PipeReport, split_program: str
+    stage: TrainStage | SplitStage, load: Load, report: PipeReport, split_program: str
 ) -> None:
     """Share out its blocks, where there are several backends and programs for parts of blocks."""
     if len(load.backends) > 1 and split_program in load.assignment.programs:

@@ -22,7 +22,7 @@ from confidantd.engine.backends.base import RUN_FAILURES, Backend, SessionSettin
 from confidantd.engine.backends.cpu import CpuBackend
 from confidantd.engine.backends.registry import load_backend
 from confidantd.engine.backends.speed import measure
-from confidantd.engine.matmul_model import matmul_model
+from confidantd.engine.onnx_bytes import matmul_model
 from confidantd.errors import BackendError, ConfidantError, CorruptFileError
 
 Check = Callable[[Backend, Path], None]

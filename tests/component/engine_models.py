@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from confidantd.engine.decode_stage import DecodeStage
+from confidantd.engine.generation.stage import FusedStage, GeneratingStage
 from confidantd.engine.tensors import Reader, tensor_from_file
 from confidantd.engine.train_stage import TrainStage
 from confidantd.models.folder import ModelFolder, read_model
@@ -183,15 +183,13 @@ def training_pipeline(
 class Decoder:
     """Generating stages in one process."""
 
-    stages: Sequence[DecodeStage]
+    stages: Sequence[GeneratingStage]
 
-    def logits(
-        self, ids: Sequence[int], sequence: int = 0, *, last: bool = True
-    ) -> NDArray[np.float32]:
-        """Logits [V] after `ids`, which continue the sequence; hidden states if not `last`."""
+    def logits(self, ids: Sequence[int], sequence: int = 0) -> NDArray[np.float32]:
+        """Logits [V] after `ids`, which continue the sequence."""
         x: NDArray[Any] = np.array([ids], np.int64)
         for stage in self.stages:
-            x = stage.forward(sequence, x, last=last)
+            x = stage.forward(sequence, x)
         return x
 
     def greedy(self, prompt: Sequence[int], count: int, sequence: int = 0) -> list[int]:
@@ -204,12 +202,11 @@ class Decoder:
 
 def decoder(model: ModelFolder, stages: int, adapter: Adapter | None = None) -> Decoder:
     """Generating stages of a model, with an adapter merged if given."""
-    programs = programs_for(ProgramRequest(model.spec, "generate"))
     lora = None if adapter is None else adapter.lora
     read_adapter = None if adapter is None else adapter.reader()
     specs = stage_specs(model, stages, training=None, lora=lora)
     read = reader(model.tensors)
-    return Decoder([DecodeStage(spec, programs, read, read_adapter, 1) for spec in specs])
+    return Decoder([FusedStage(spec, read, read_adapter, 1) for spec in specs])
 
 
 def random_ids(seed: int, *shape: int, vocabulary: int = 61) -> NDArray[np.int64]:

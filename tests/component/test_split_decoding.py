@@ -13,9 +13,9 @@ import pytest
 from confidantd.config import Split
 from confidantd.engine.backends.base import Backend
 from confidantd.engine.backends.cpu import CpuBackend
-from confidantd.engine.decode_stage import DecodeStage
 from confidantd.engine.split.blocks import ATTENTION, MLP
 from confidantd.engine.split.decode import SplitDecode
+from confidantd.engine.split.decode_stage import SplitStage
 from confidantd.engine.split.parts import BackendPrograms, BackendThread
 from confidantd.engine.split.plan import Placement, make_parts
 from confidantd.errors import BackendError
@@ -47,7 +47,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return save_model(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def stage_of(model: ModelFolder, adapter: Adapter | None = None) -> DecodeStage:
+def stage_of(model: ModelFolder, adapter: Adapter | None = None) -> SplitStage:
     """The whole model in one stage, with the programs of parts."""
     request = ProgramRequest(model.spec, "generate")
     split = ProgramRequest(model.spec, "generate", split=True)
@@ -55,7 +55,7 @@ def stage_of(model: ModelFolder, adapter: Adapter | None = None) -> DecodeStage:
     (spec,) = stage_specs(model, 1, training=None, lora=lora)
     programs = programs_for(request) | programs_for(split)
     read_adapter = None if adapter is None else adapter.reader()
-    return DecodeStage(spec, programs, reader(model.tensors), read_adapter, 2)
+    return SplitStage(spec, programs, reader(model.tensors), read_adapter, 2)
 
 
 @contextmanager

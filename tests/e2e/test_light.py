@@ -43,7 +43,7 @@ def test_idle_daemon_is_small(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_workers_without_torch(tmp_path: Path) -> None:
-    """Two devices whose Python has neither torch nor transformers train for one that has."""
+    """Devices whose Python has neither torch nor transformers train, and generate on their own."""
     light = make_light_environment(tmp_path / "light")
     devices = [
         Device(tmp_path / "laptop", "laptop"),
@@ -81,6 +81,15 @@ def test_workers_without_torch(tmp_path: Path) -> None:
         seconds = events[-1]["step_seconds"]
         assert seconds["predicted"] > 0
         assert seconds["measured"] > 0
+        # nobody has a compiler any more, and nobody needs one to generate
+        devices[0].stop()
+        answer = devices[2].json(
+            "generate", str(small.folder), "--prompt", small.prompt, "--max-new-tokens", "16",
+            "--devices", "phone,board",
+        )  # fmt: skip
+        ids = small.encode(small.prompt)
+        assert answer["tokens"] == reference.greedy(reference.load(small.folder), ids, 16)
+        assert [stage["name"] for stage in answer["stages"]] == ["phone", "board"]
     finally:
         for device in devices:
             if device.process is not None and device.process.poll() is None:

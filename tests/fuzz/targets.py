@@ -13,8 +13,8 @@ from zeroconf import ServiceInfo
 
 from confidantd.config import CONFIG_NAME, load_config
 from confidantd.discovery.announcement import Announcement, from_txt, to_txt
-from confidantd.engine.matmul_model import matmul_model
-from confidantd.engine.matmul_model import part_field as field
+from confidantd.engine.onnx_bytes import matmul_model
+from confidantd.engine.onnx_bytes import part_field as field
 from confidantd.engine.program_check import check_bytes
 from confidantd.errors import ConfidantError, ProtocolError
 from confidantd.identity.certificate import load_or_create

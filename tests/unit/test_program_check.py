@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from confidantd.engine.matmul_model import matmul_model, number_field, varint
-from confidantd.engine.matmul_model import part_field as field
+from confidantd.engine.onnx_bytes import matmul_model, number_field, varint
+from confidantd.engine.onnx_bytes import part_field as field
 from confidantd.engine.program_check import MAX_PROGRAM_BYTES, check_bytes, check_program
 from confidantd.errors import CorruptFileError
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import functools
 import platform
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnxruntime
+from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as failures
 
 from confidantd.engine.backends.base import (
@@ -47,22 +51,46 @@ class CpuBackend:
         """Raises CorruptFileError for a broken file, BackendError for an unsupported operator,
         MemoryError where there is none left.
         """
-        _share_arena()
-        options = base_options(setting)
-        options.add_session_config_entry("session.use_env_allocators", "1")
-        # A pattern is one piece of memory for a whole run beside the pieces of the first run,
-        # which the arena keeps: twice the memory, and no run is faster for it.
-        options.enable_mem_pattern = False
-        try:
-            return onnxruntime.InferenceSession(
-                str(program),
-                options,
-                providers=[PROVIDER],
-                disabled_optimizers=DISABLED_OPTIMIZERS,
-                enable_fallback=0,
-            )
-        except (*LOAD_FAILURES, ValueError) as failure:
-            raise _translated(program, failure) from None
+        return _session(str(program), program.name, _options(setting))
+
+    def written_session(
+        self, program: bytes, weights: Mapping[str, NDArray[Any]], setting: SessionSetting
+    ) -> onnxruntime.InferenceSession:
+        """A session of a program that this process wrote, over weights in its memory, which must
+        stay as they are. Raises as `session` does.
+        """
+        options = _options(setting)
+        if not any(array.dtype == np.uint8 for array in weights.values()):
+            # packed copies of float32 weights take as much memory again, and one row needs none
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+        options.add_external_initializers(list(weights), values)
+        return _session(program, "the program of a stage", options)
+
+
+def _options(setting: SessionSetting) -> onnxruntime.SessionOptions:
+    _share_arena()
+    options = base_options(setting)
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    # A pattern is one piece of memory for a whole run beside the pieces of the first run,
+    # which the arena keeps: twice the memory, and no run is faster for it.
+    options.enable_mem_pattern = False
+    return options
+
+
+def _session(
+    program: str | bytes, name: str, options: onnxruntime.SessionOptions
+) -> onnxruntime.InferenceSession:
+    try:
+        return onnxruntime.InferenceSession(
+            program,
+            options,
+            providers=[PROVIDER],
+            disabled_optimizers=DISABLED_OPTIMIZERS,
+            enable_fallback=0,
+        )
+    except (*LOAD_FAILURES, ValueError) as failure:
+        raise _translated(name, failure) from None
 
 
 @functools.cache
@@ -84,16 +112,16 @@ def _share_arena() -> None:
     onnxruntime.create_and_register_allocator(place, onnxruntime.OrtArenaCfg(growth))
 
 
-def _translated(program: Path, failure: Exception) -> Exception:
+def _translated(name: str, failure: Exception) -> Exception:
     reason = first_line(failure)
     if "bad_alloc" in reason or "allocate" in reason:
-        return MemoryError(f"{program.name}: {reason}")
+        return MemoryError(f"{name}: {reason}")
     if isinstance(failure, failures.NotImplemented) or any(part in reason for part in _UNSUPPORTED):
         return BackendError(
-            f"the backend cpu cannot run {program.name} ({reason})",
+            f"the backend cpu cannot run {name} ({reason})",
             f"update onnxruntime, here {onnxruntime.__version__}",
         )
-    return CorruptFileError(f"{program} is not a program this device can run ({reason})")
+    return CorruptFileError(f"{name} is not a program this device can run ({reason})")
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from confidantd.engine.backends.base import (
     open_session,
     provider_options,
 )
-from confidantd.engine.matmul_model import matmul_model
+from confidantd.engine.onnx_bytes import matmul_model
 from confidantd.errors import BackendError, NoDeviceError
 
 _NOTHING_TAKEN = "assigned to the default CPU EP"

@@ -13,7 +13,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from confidantd.engine.backends.base import RUN_FAILURES, Backend, SessionSetting, first_line
-from confidantd.engine.matmul_model import matmul_model
+from confidantd.engine.onnx_bytes import matmul_model
 from confidantd.errors import BackendError
 
 # A product of the first size takes 0.4 ms on a laptop's core and 7 ms on a slow board's; it

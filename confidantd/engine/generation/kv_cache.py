@@ -13,13 +13,14 @@ _FIRST_CAPACITY = 64  # positions; then a quarter more each time, so at most a f
 class SequenceCache:
     """Buffers [1, K, C, d] per block, of which the first `length` positions are valid.
 
-    Positions that are there from the start are zeros.
+    Positions that are there from the start are zeros; `width` is d where that is not the size
+    of a head.
     """
 
-    def __init__(self, block: BlockSpec, length: int = 0) -> None:
+    def __init__(self, block: BlockSpec, length: int = 0, width: int = 0) -> None:
         self.length = length
         capacity = max(_FIRST_CAPACITY, length + 1)
-        self._shape = (1, block.kv_heads, capacity, block.head_dim)
+        self._shape = (1, block.kv_heads, capacity, width or block.head_dim)
         self._keys: list[Floats] = []
         self._values: list[Floats] = []
 
@@ -30,22 +31,33 @@ class SequenceCache:
             self._values.append(np.zeros(self._shape, np.float32))
         return self._keys[layer], self._values[layer]
 
+    @property
+    def capacity(self) -> int:
+        """Positions that there is room for."""
+        return self._shape[2]
+
+    def reserve(self, length: int) -> None:
+        """Make room for so many positions in all blocks; what is valid stays."""
+        if length > self.capacity:
+            rows, heads, capacity, size = self._shape
+            self._shape = (rows, heads, max(length, capacity + capacity // 4), size)
+            self._keys = [self._grown(buffer) for buffer in self._keys]
+            self._values = [self._grown(buffer) for buffer in self._values]
+
+    def _grown(self, buffer: Floats) -> Floats:
+        grown = np.zeros(self._shape, np.float32)
+        grown[:, :, : self.length] = buffer[:, :, : self.length]
+        return grown
+
     def append(self, layer: int, key: Floats, value: Floats, first_group: int = 0) -> None:
         """Put new positions [1, k, T, d] of k head groups behind the valid ones; `length` is
         not changed, so that every block and part of a step sees the same one.
         """
-        self._keys[layer] = self._put(self._keys[layer], key, first_group)
-        self._values[layer] = self._put(self._values[layer], value, first_group)
-
-    def _put(self, buffer: Floats, new: Floats, first_group: int) -> Floats:
-        end, past_last_group = self.length + new.shape[2], first_group + new.shape[1]
-        if end > buffer.shape[2]:
-            rows, heads, capacity, size = buffer.shape
-            grown = np.zeros((rows, heads, max(end, capacity + capacity // 4), size), np.float32)
-            grown[:, :, : self.length] = buffer[:, :, : self.length]
-            buffer = grown
-        buffer[:, first_group:past_last_group, self.length : end] = new
-        return buffer
+        end = self.length + key.shape[2]
+        self.reserve(end)
+        past_last_group = first_group + key.shape[1]
+        for buffer, new in zip(self.buffers(layer), (key, value), strict=True):
+            buffer[:, first_group:past_last_group, self.length : end] = new
 
     @property
     def bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""One stage of a model in generation, with a KV cache per sequence."""
+"""One stage in generation whose blocks are shared out over backends: a compiled program each."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from numpy.typing import NDArray
 
 from confidantd.config import Split
 from confidantd.engine.backends.base import Backend
-from confidantd.engine.decode_blocks import BLOCK_PROGRAM, DecodeRunner, FusedDecode, position
-from confidantd.engine.kv_cache import SequenceCache
+from confidantd.engine.generation.kv_cache import SequenceCache
+from confidantd.engine.generation.stage import check_room
 from confidantd.engine.lora import merge
 from confidantd.engine.program import load_programs
 from confidantd.engine.split.choice import Memory
+from confidantd.engine.split.decode_blocks import BLOCK_PROGRAM, DecodeRunner, FusedDecode, position
 from confidantd.engine.split.scheduled_decode import ScheduledDecode
 from confidantd.engine.split.team import Report, Team
 from confidantd.engine.tensors import Floats, Reader, load
 from confidantd.engine.trained_weights import Group
-from confidantd.errors import WorkerError
 from confidantd.models.tensors import block_sources, embedding_sources, head_sources
 from confidantd.wire.stage import StageSpec
 
 Weights = dict[str, Floats]
 
 
-class DecodeStage:
-    """Blocks [first, past last) of a model, with embedding and head where it has them.
+class SplitStage:
+    """A `GeneratingStage` of programs of blocks and of their parts.
 
     An adapter (`spec.lora` and `read_adapter`) is merged into the weights at load. Everything
     runs on the CPU until `schedule` shares out the blocks.
@@ -83,49 +83,38 @@ class DecodeStage:
         if self._team is not None:
             self._team.close()
 
-    def forward(self, sequence: int, x: NDArray[Any], *, last: bool = True) -> Floats:
-        """Ids [1, T] (embedding stage) or hidden states [1, T, D] that follow what the
-        sequence's cache holds. Gives hidden states [1, T, D]; on the head stage the logits [V]
-        of the last position, unless the prompt goes on after it, so that it is not `last`.
-        """
+    def forward(self, sequence: int, x: NDArray[Any]) -> Floats:
+        """As a `GeneratingStage`."""
         cache = self._sequences.get(sequence)
         if cache is None:
             cache = self._sequences[sequence] = SequenceCache(self._spec.model.block)
         past, steps = cache.length, x.shape[1]
-        self._check_room(past + steps)
+        check_room(self._spec.model, past + steps)
         if self._spec.embedding:
             feeds = {"ids": x, "past": position(cache)}
             x = self._programs["embedding_decode"].run(feeds, self._embedding)["y"]
         for layer, block in enumerate(self._blocks):
             x = self._runner.forward(x, layer, block, cache)
         cache.length = past + steps
-        if not self._spec.head or not last:
+        if not self._spec.head:
             return x
         logits: Floats = self._programs["head_logits"].run({"x": x[:, -1:]}, self._head)["logits"][
             0
         ]
         return logits
 
-    def _check_room(self, length: int) -> None:
-        model = self._spec.model
-        if model.positions == "learned" and length > model.max_positions:
-            raise WorkerError(
-                f"the sequence has {length} tokens, the model takes {model.max_positions}",
-                "ask for fewer new tokens or give a shorter prompt",
-            )
-
     def truncate(self, sequence: int, length: int) -> None:
-        """Forget what the sequence's cache holds after its first `length` positions."""
+        """As a `GeneratingStage`."""
         cache = self._sequences.get(sequence)
         if cache is not None:
             cache.length = min(cache.length, length)
 
     def release(self, sequence: int) -> None:
-        """Drop the sequence's cache."""
+        """As a `GeneratingStage`."""
         self._sequences.pop(sequence, None)
 
     def resident_bytes(self) -> dict[str, int]:
-        """Memory by kind: weights (each array once) and cache."""
+        """As a `GeneratingStage`."""
         groups = (self._embedding, *(block.weights for block in self._blocks), self._head)
         arrays = {id(a): a.nbytes for weights in groups for a in weights.values()}
         cached = sum(cache.bytes for cache in self._sequences.values())
