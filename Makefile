@@ -14,10 +14,11 @@ WEBGPU_READY := $(if $(VULKAN_DRIVER),$(WEBGPU)/.ready)
 OPENVINO := $(shell test "$$(uname -sm)" = "Linux x86_64" && \
   ! grep -q GenuineIntel /proc/cpuinfo && echo .openvino)
 OPENVINO_READY := $(if $(OPENVINO),$(OPENVINO)/.ready)
-# Tests run side by side, those of whole devices two files at a time; but those that measure how fast
-# something is run alone.
+# Tests run side by side, those of whole devices two files at a time, the longest first; but those
+# that measure how fast something is run alone.
 SIDE_BY_SIDE := -n logical --maxprocesses 4
-BY_FILE := -n 2 --dist loadfile
+BY_FILE := -n 2 --dist loadfile --no-loadscope-reorder
+DEVICES := tests/lan/test_chaos.py tests/lan tests/e2e
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -32,8 +33,7 @@ test: $(READY) $(WEBGPU_READY) $(OPENVINO_READY)
 	  $(if $(OPENVINO),PYTHONPATH="$(CURDIR)/$(OPENVINO)" \
 	  $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -k openvino && \
 	  export CONFIDANT_REQUIRE_OPENVINO=0 &&) \
-	  $(BIN)/python -m pytest -q $(BY_FILE) -m "not alone" $(PYTEST_OPTIONS) tests/e2e && \
-	  $(BIN)/python -m pytest -q $(BY_FILE) --no-loadscope-reorder $(PYTEST_OPTIONS) tests/lan && \
+	  $(BIN)/python -m pytest -q $(BY_FILE) -m "not alone" $(PYTEST_OPTIONS) $(DEVICES) && \
 	  $(BIN)/python -m pytest -q -m alone $(PYTEST_OPTIONS) tests/e2e && \
 	  $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) $(PYTEST_OPTIONS) tests/unit tests/component
 

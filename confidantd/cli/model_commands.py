@@ -15,6 +15,7 @@ from confidantd.cli.option_types import (
     names,
     options,
     path,
+    portion,
     positive,
     share,
 )
@@ -137,7 +138,18 @@ def train(detach: bool, wait: bool, **given: Any) -> None:
     type=share,
     help="Sample from the likeliest tokens of this total probability. [default: 1]",
 )
+@click.option("--top-k", metavar="K", type=WHOLE, help="Of so many; 0: of all. [default: 0]")
+@click.option(
+    "--min-p", metavar="P", type=portion, help="Not less likely than the likeliest times P."
+)
+@click.option(
+    "--repetition-penalty", metavar="X", type=positive, help="Over 1: less of what was there."
+)
 @click.option("--seed", metavar="N", type=WHOLE, help="Of the sampling. [default: 0]")
+@click.option("--stop", metavar="TEXT", multiple=True, help="End before this text; repeatable.")
+@click.option(
+    "--logprobs", metavar="N", type=WHOLE, help="Tell probabilities, of N likeliest tokens too."
+)
 @_quantise
 @_devices
 @common

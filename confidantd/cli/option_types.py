@@ -60,7 +60,13 @@ def positive(text: str) -> float:
 
 def share(text: str) -> float:
     """A number over 0 and at most 1."""
-    number = positive(text)
+    positive(text)
+    return portion(text)
+
+
+def portion(text: str) -> float:
+    """A number from 0 to 1."""
+    number = amount(text)
     if number > 1:
         raise click.BadParameter(f"{text} is over 1")
     return number

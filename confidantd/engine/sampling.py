@@ -2,38 +2,103 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from confidantd.engine.tensors import Floats
-from confidantd.errors import UsageError
+from confidantd.wire.sampling import Sampling
+
+Doubles = NDArray[np.float64]
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A token, the logarithm of its probability in the model's own distribution, and the likeliest
+    others with theirs, as many as were asked for.
+    """
+
+    token: int
+    logprob: float = 0.0
+    likeliest: tuple[tuple[int, float], ...] = ()
 
 
 class Sampler:
-    """Temperature and nucleus sampling; the same seed gives the same tokens.
+    """Picks tokens by `sampling`; the same seed gives the same tokens.
 
-    `temperature` 0 is greedy. `top_p` keeps the fewest most likely tokens whose
-    probabilities add up to it. After `chosen` tokens of an earlier one it goes on as that did.
+    `seen` are the tokens of the prompt and those that were chosen since, which a repetition
+    penalty is about; after `chosen` tokens of an earlier sampler it goes on as that one did.
     """
 
-    def __init__(self, temperature: float, top_p: float, seed: int, chosen: int = 0) -> None:
-        if not 0 <= temperature < float("inf"):
-            raise UsageError(f"the temperature must be 0 or more, not {temperature}")
-        if not 0 < top_p <= 1:
-            raise UsageError(f"top-p must be over 0 and at most 1, not {top_p}")
-        self._temperature = temperature
-        self._top_p = top_p
-        self._generator = np.random.default_rng(seed & (2**64 - 1))
+    def __init__(self, sampling: Sampling, seen: Sequence[int] = (), chosen: int = 0) -> None:
+        sampling.check()
+        self._sampling = sampling
+        self._seen = set(seen)
+        self._generator = np.random.default_rng(sampling.seed & (2**64 - 1))
         self._generator.random(chosen)
 
-    def pick(self, logits: Floats) -> int:
+    def pick(self, logits: Floats) -> Choice:
         """A token id from logits [V]; greedy takes the first of equals."""
-        if self._temperature == 0:
-            return int(np.argmax(logits))
-        scaled = logits.astype(np.float64) / self._temperature
-        probabilities = np.exp(scaled - scaled.max())
+        sampling = self._sampling
+        penalised = self._penalised(logits)
+        if sampling.temperature == 0:
+            token = int(np.argmax(penalised))
+        else:
+            ids, probabilities = candidates(penalised, sampling)
+            draw = self._generator.random() * probabilities.sum()
+            place = int(np.searchsorted(np.cumsum(probabilities), draw, side="right"))
+            token = int(ids[min(place, len(ids) - 1)])
+        if sampling.repetition_penalty != 1:
+            self._seen.add(token)
+        return Choice(token, *_told(logits, token, sampling.logprobs))
+
+    def _penalised(self, logits: Floats) -> Floats:
+        """Logits of seen tokens divided by the penalty, or multiplied if they are negative
+        (Keskar et al., CTRL, 2019, as `transformers` computes it).
+        """
+        penalty = self._sampling.repetition_penalty
+        if penalty == 1 or not self._seen:
+            return logits
+        ids = np.fromiter((token for token in self._seen if token < len(logits)), np.int64)
+        found, before = logits.copy(), logits[ids]
+        found[ids] = np.where(before > 0, before / penalty, before * penalty)
+        return found
+
+
+def candidates(logits: Floats, sampling: Sampling) -> tuple[Ids, Doubles]:
+    """The tokens that may be drawn, and their probabilities, which need not add up to 1.
+
+    `top_k` keeps so many of the likeliest, `top_p` of these the fewest whose probabilities add up
+    to it, `min_p` of these those at least so likely as the likeliest times it.
+    """
+    ids: Ids = np.arange(len(logits))
+    if 0 < sampling.top_k < len(logits):
+        ids = np.argpartition(-logits, sampling.top_k - 1)[: sampling.top_k]
+    scaled = logits[ids].astype(np.float64) / sampling.temperature
+    probabilities: Doubles = np.exp(scaled - scaled.max())
+    probabilities /= probabilities.sum()
+    if sampling.top_p < 1:
         order = np.argsort(-probabilities, kind="stable")
-        cumulative = np.cumsum(probabilities[order] / probabilities.sum())
-        kept = int(np.searchsorted(cumulative, self._top_p)) + 1
-        draw = self._generator.random() * cumulative[min(kept, len(order)) - 1]
-        place = int(np.searchsorted(cumulative, draw, side="right"))
-        return int(order[min(place, kept - 1, len(order) - 1)])
+        kept = int(np.searchsorted(np.cumsum(probabilities[order]), sampling.top_p)) + 1
+        ids, probabilities = ids[order[:kept]], probabilities[order[:kept]]
+    if sampling.min_p > 0:
+        likely = probabilities >= sampling.min_p * probabilities.max()
+        ids, probabilities = ids[likely], probabilities[likely]
+    return ids, probabilities
+
+
+def _told(logits: Floats, token: int, count: int | None) -> tuple[Any, ...]:
+    """What is told of a choice besides the token."""
+    if count is None:
+        return ()
+    wide = logits.astype(np.float64)
+    logprobs = wide - wide.max()
+    logprobs -= np.log(np.exp(logprobs).sum())
+    count = min(count, len(logits))
+    best = np.argpartition(-logprobs, count - 1)[:count] if count else np.empty(0, np.int64)
+    ordered = best[np.argsort(-logprobs[best], kind="stable")]
+    return float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in ordered)

@@ -14,6 +14,7 @@ from confidantd.jobs.record import JobLog
 from confidantd.jobs.recovery import Recovery
 from confidantd.jobs.services import JobServices
 from confidantd.jobs.setup import generate_workload
+from confidantd.jobs.stopping import StopTexts
 from confidantd.models.spec import ModelSpec
 from confidantd.wire.stage import OptimizerSpec
 from confidantd.wire.worker import Decode, Token
@@ -58,11 +59,11 @@ class GenerateJob:
         recovery = Recovery(plans)
         launched = await recovery.begin()
         plans.make_do = True
-        spec = plans.workload.spec
+        options, spec = self._options, plans.workload.spec
         room = spec.max_positions - len(prompt) + 1  # the last new token is never fed back
         self._log.record.state = "running"
-        self._log.record.steps = min(self._options.max_new_tokens, room)
-        stream = _Stream(self._log, text, time.monotonic())
+        self._log.record.steps = min(options.max_new_tokens, room)
+        stream = _Stream(self._log, text, options, time.monotonic())
         while not stream.finished:
             try:
                 await self._start(launched, spec, prompt, stream.tokens)
@@ -82,15 +83,14 @@ class GenerateJob:
         for stage, place in reversed(list(enumerate(launched.specs))):
             if not (place.embedding or place.head):
                 continue
+            asks = place.embedding or options.repetition_penalty != 1
             await launched.pipeline.command(
                 stage,
                 Decode(
                     sequence=SEQUENCE,
-                    prompt=(*prompt, *tokens) if place.embedding else (),
+                    prompt=(*prompt, *tokens) if asks else (),
                     max_new_tokens=self._log.record.steps - len(tokens),
-                    temperature=options.temperature,
-                    top_p=options.top_p,
-                    seed=options.seed,
+                    sampling=options.sampling,
                     end_tokens=spec.end_tokens,
                     chosen=len(tokens),
                 ),
@@ -100,13 +100,18 @@ class GenerateJob:
 class _Stream:
     """Tokens as they come, their text, and the times of the first and the last."""
 
-    def __init__(self, log: JobLog, text: TextProcess, started: float) -> None:
+    def __init__(
+        self, log: JobLog, text: TextProcess, options: GenerateOptions, started: float
+    ) -> None:
         self._log = log
         self._text = text
+        self._stops = StopTexts(options.stop)
+        self._tells_logprobs = options.logprobs is not None
         self._started = started
         self._first = started
         self.tokens: list[int] = []
         self._pieces: list[str] = []
+        self._logprobs: list[dict[str, Any]] = []
         self.finished = ""
 
     async def take(self, event: Token) -> None:
@@ -118,9 +123,18 @@ class _Stream:
         if event.finished:
             piece += await self._text.flush()
             self.finished = event.finished
+        piece, stopped = self._stops.push(piece)
+        if stopped:
+            self.finished = "stop"
+        elif event.finished:
+            piece += self._stops.flush()
         self._pieces.append(piece)
         self._log.record.step = len(self.tokens)
-        self._log.emit({"event": "token", "id": event.token, "text": piece})
+        told: dict[str, Any] = {"event": "token", "id": event.token, "text": piece}
+        if self._tells_logprobs:
+            self._logprobs.append(_logprobs(event))
+            told |= self._logprobs[-1]
+        self._log.emit(told)
 
     def summary(self, launched: Launched, prompt_tokens: int) -> dict[str, Any]:
         """The object of `generate --json`."""
@@ -136,7 +150,13 @@ class _Stream:
             "tokens_per_second": round(rest / seconds, 2) if rest and seconds > 0 else 0.0,
             "finish_reason": self.finished,
             "stages": _stages(launched),
+            **({"logprobs": self._logprobs} if self._tells_logprobs else {}),
         }
+
+
+def _logprobs(event: Token) -> dict[str, Any]:
+    likeliest = [{"id": token, "logprob": logprob} for token, logprob in event.likeliest]
+    return {"logprob": event.logprob, "top_logprobs": likeliest}
 
 
 def _stages(launched: Launched) -> list[dict[str, Any]]:

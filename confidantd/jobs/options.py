@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_args
 from confidantd.errors import DataError, ModelError, OutputError, ProtocolError, UsageError
 from confidantd.wire.codec import from_map
 from confidantd.wire.jobs import OwnerEnds
+from confidantd.wire.sampling import Sampling
 
 _T = TypeVar("_T")
 
@@ -19,6 +20,7 @@ METHODS = ("full", "lora")
 DEFAULT_LEARNING_RATE = {"full": 2e-5, "lora": 2e-4}
 DEFAULT_SEQUENCE_LENGTH = 128
 DEFAULT_NEW_TOKENS = 128
+MOST_STOPS, MOST_STOP_LETTERS = 16, 1_000
 DEFAULT_LOAD, MOST_LOAD = 8, 100_000  # requests at once
 
 
@@ -123,6 +125,11 @@ class GenerateOptions:
     max_new_tokens: int = DEFAULT_NEW_TOKENS
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
     seed: int = 0
     quantise: str = "none"
     devices: tuple[str, ...] = ()
@@ -131,9 +138,24 @@ class GenerateOptions:
     def check(self) -> None:
         """Raise what is wrong with the options themselves."""
         _at_least("max_new_tokens", self.max_new_tokens, 1)
-        _at_least("temperature", self.temperature, 0)
-        if not 0 < self.top_p <= 1:
-            raise UsageError("--top-p must be over 0 and at most 1")
+        self.sampling.check()
+        if len(self.stop) > MOST_STOPS or max(map(len, self.stop), default=0) > MOST_STOP_LETTERS:
+            raise UsageError(
+                f"--stop takes up to {MOST_STOPS} texts of up to {MOST_STOP_LETTERS} letters"
+            )
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are chosen."""
+        return Sampling(
+            self.temperature,
+            self.top_p,
+            self.top_k,
+            self.min_p,
+            self.repetition_penalty,
+            self.seed,
+            self.logprobs,
+        )
 
 
 def check_layers(devices: tuple[str, ...], layers: tuple[int, ...], of: int) -> None:

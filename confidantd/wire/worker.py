@@ -15,6 +15,7 @@ from confidantd.config import Split
 from confidantd.errors import ProtocolError
 from confidantd.ids import DeviceId, Digest
 from confidantd.wire.codec import from_map, pack, to_map, unpack
+from confidantd.wire.sampling import Sampling
 from confidantd.wire.stage import BackendShare, StageAssignment
 
 _M = TypeVar("_M")
@@ -103,16 +104,14 @@ class Evaluate:
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """Generate after `prompt` (token ids; empty for stages between the ends), the last `chosen`
-    of which were generated before a stage was lost.
+    """Generate after `prompt` (token ids; for the stage with the embedding, and for the head where
+    it has to know them), the last `chosen` of which were generated before a stage was lost.
     """
 
     sequence: int
     prompt: tuple[int, ...]
     max_new_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
+    sampling: Sampling
     end_tokens: tuple[int, ...]
     chosen: int = 0
 
@@ -224,11 +223,16 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One generated token; `finished` is empty, `stop` (an end token) or `length`."""
+    """One generated token; `finished` is empty, `stop` (an end token) or `length`.
+
+    `logprob` and the `likeliest` tokens with theirs, where they were asked for.
+    """
 
     sequence: int
     token: int
     finished: str
+    logprob: float = 0.0
+    likeliest: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ class Generator:
 
     async def start(self, command: Decode) -> None:
         """Take on a sequence; stage 0 runs its prompt through the pipeline."""
-        sampler = Sampler(command.temperature, command.top_p, command.seed, command.chosen)
+        sampler = Sampler(command.sampling, command.prompt, command.chosen)
         self._sequence(command.sequence).set_result(_Sequence(command, sampler))
         if self._place.spec.embedding:
             prompt = np.array([command.prompt], dtype=np.int64)
@@ -95,14 +95,15 @@ class Generator:
         """Pick the next token, report it, and feed it back unless the sequence ends."""
         command = sequence.command
         while True:
-            token = sequence.sampler.pick(logits)
+            choice = sequence.sampler.pick(logits)
+            token = choice.token
             sequence.produced += 1
             finished = ""
             if token in command.end_tokens:
                 finished = "stop"
             elif sequence.produced >= command.max_new_tokens:
                 finished = "length"
-            self._report(Token(command.sequence, token, finished))
+            self._report(Token(command.sequence, token, finished, choice.logprob, choice.likeliest))
             if finished:
                 return
             if not self._place.spec.embedding:

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from confidantd.engine.adamw import CHUNK_ELEMENTS, Moments, Step, square_sum, update
-from confidantd.engine.sampling import Sampler
 from confidantd.engine.tensors import tensor_from_file
-from confidantd.errors import CorruptFileError, UsageError
+from confidantd.errors import CorruptFileError
 from confidantd.models.safetensors import Piece, read_header, write_file
 from confidantd.wire.stage import OptimizerSpec
 
@@ -41,46 +40,6 @@ def test_square_sum_is_float64() -> None:
     """A float32 sum of this many equal squares would stop growing."""
     gradient = np.full(3 * CHUNK_ELEMENTS + 1, 1e-3, np.float32)
     assert square_sum(gradient) == pytest.approx(gradient.size * float(gradient[0]) ** 2, rel=1e-12)
-
-
-def test_greedy_takes_the_first_of_equals() -> None:
-    """Temperature 0."""
-    assert Sampler(0, 1.0, 0).pick(np.array([0, 3, 3, 1], np.float32)) == 1
-
-
-def test_sampling_follows_the_probabilities() -> None:
-    """Frequencies of many draws, and the same draws for the same seed."""
-    wanted = np.array([0.5, 0.3, 0.15, 0.05])
-    logits = (2 * np.log(wanted)).astype(np.float32)  # temperature 2 undoes the factor
-    one, same, other = (Sampler(2.0, 1.0, seed) for seed in (1, 1, 2))
-    draws = [one.pick(logits) for _ in range(4000)]
-    assert draws == [same.pick(logits) for _ in range(4000)]
-    assert draws != [other.pick(logits) for _ in range(4000)]
-    assert np.abs(np.bincount(draws, minlength=4) / 4000 - wanted).max() < 0.03
-
-
-def test_a_sampler_goes_on_where_another_one_was() -> None:
-    """After a loss the tokens so far are given to a new head."""
-    logits = np.log(np.array([0.4, 0.3, 0.2, 0.1])).astype(np.float32)
-    whole = Sampler(1.0, 0.9, 7)
-    draws = [whole.pick(logits) for _ in range(60)]
-    rest = Sampler(1.0, 0.9, 7, chosen=25)
-    assert [rest.pick(logits) for _ in range(35)] == draws[25:]
-
-
-@pytest.mark.parametrize(("top_p", "kept"), [(0.4, 1), (0.5, 1), (0.79, 2), (0.9, 3), (1.0, 4)])
-def test_top_p_keeps_the_fewest(top_p: float, kept: int) -> None:
-    """The smallest set of most likely tokens that reaches top-p."""
-    logits = np.log(np.array([0.15, 0.5, 0.05, 0.3])).astype(np.float32)
-    sampler = Sampler(1.0, top_p, 0)
-    assert {sampler.pick(logits) for _ in range(500)} == set([1, 3, 0, 2][:kept])
-
-
-@pytest.mark.parametrize(("temperature", "top_p"), [(-1, 1), (float("nan"), 1), (1, 0), (1, 1.1)])
-def test_senseless_sampling_is_refused(temperature: float, top_p: float) -> None:
-    """With a message that names the value."""
-    with pytest.raises(UsageError, match="must be"):
-        Sampler(temperature, top_p, 0)
 
 
 def test_dtypes_are_read_as_torch_writes_them(tmp_path: Path) -> None:
