@@ -14,6 +14,7 @@ WEBGPU_READY := $(if $(VULKAN_DRIVER),$(WEBGPU)/.ready)
 OPENVINO := $(shell test "$$(uname -sm)" = "Linux x86_64" && \
   ! grep -q GenuineIntel /proc/cpuinfo && echo .openvino)
 OPENVINO_READY := $(if $(OPENVINO),$(OPENVINO)/.ready)
+MAKEFLAGS += --jobs=3
 # Tests run side by side, those of whole devices two files at a time, the longest first; but those
 # that measure how fast something is run alone.
 SIDE_BY_SIDE := -n logical --maxprocesses 4

@@ -128,4 +128,6 @@ def _median(answers: Sequence[Answer], name: str) -> float:
 
 if __name__ == "__main__":
     chosen = options(__doc__.splitlines()[0])
-    raise SystemExit(report(claims([SMALL] if chosen.quick else [SMALL, LARGE]), as_json=chosen.json))
+    raise SystemExit(
+        report(claims([SMALL] if chosen.quick else [SMALL, LARGE]), as_json=chosen.json)
+    )

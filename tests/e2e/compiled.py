@@ -1,7 +1,7 @@
 """What one daemon of a test compiled lies in the next one's store, as after an earlier job, and
-what it measured of such blocks beside it.
+what it measured of such blocks, and of the device, beside it.
 
-The first test that needs a shape compiles and measures it, for real; the others would only wait.
+The first test that needs something compiles or measures it, for real; others would only wait.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ import json
 import shutil
 from pathlib import Path
 
+from confidantd.ids import digest_of
 from tests.programs import folder
+
+PROFILE = "profile.json"
 
 
 def _kept() -> Path:
@@ -30,6 +33,22 @@ def lend_speeds(home: Path) -> None:
     speeds = folder() / "speeds"
     if speeds.exists() and not (home / "speeds").exists():
         shutil.copytree(speeds, home / "speeds")
+
+
+def lend_profile(home: Path, kind: str) -> None:
+    """Give a home that was never used what a daemon of this kind measured of its device; where
+    the kind does not tell all, the daemon sees that it is another's and measures again.
+    """
+    profile = folder() / "profiles" / f"{digest_of(kind.encode())}.json"
+    if profile.exists() and not (home / PROFILE).exists():
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        shutil.copy(profile, home / PROFILE)
+
+
+def keep_profile(home: Path, kind: str) -> None:
+    """Remember what a daemon of this kind measured."""
+    if (home / PROFILE).exists():
+        _copy(home / PROFILE, folder() / "profiles" / f"{digest_of(kind.encode())}.json")
 
 
 def keep(home: Path) -> None:

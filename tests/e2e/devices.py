@@ -81,6 +81,8 @@ class Device:
 
     def launch(self) -> None:
         """Start the daemon."""
+        if not self.slower:
+            compiled.lend_profile(self.home, self._kind)
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 self.command(),
@@ -128,7 +130,21 @@ class Device:
             raise AssertionError(f"{self.name} did not end within {STOP_SECONDS} s") from None
         finally:
             self.process.stdout.close()
+        if not self.slower:
+            compiled.keep_profile(self.home, self._kind)
         return status
+
+    @property
+    def slower(self) -> bool:
+        """Whether it may be slower than others: it has less than a core."""
+        return bool(self.prefix) and "netns" not in self.prefix
+
+    @property
+    def _kind(self) -> str:
+        """Of devices that measure the same."""
+        choices = [word for word in self.options if not word.startswith(("/", "127.", "10."))]
+        packages = os.environ.get("PYTHONPATH", "")
+        return json.dumps([self.python, packages, choices, sorted(self.settings.items())])
 
     def cli_command(self, *arguments: str) -> list[str]:
         """The command line of a CLI call to this daemon."""
@@ -235,7 +251,7 @@ def running(devices: list[Device]) -> Iterator[list[Device]]:
     pair(devices)
     compiled.lend(devices[0].home)
     for device in devices:
-        if not device.prefix:  # else it may be slower than others
+        if not device.slower:
             compiled.lend_speeds(device.home)
     try:
         for device in devices:
