@@ -141,7 +141,7 @@ class Bench:
         model = self.request.model
         past = min(PAST, model.max_positions // 2) if model.positions == "learned" else PAST
         block = self._decoder(self._spec(1))
-        block.forward(0, _some((1, past, model.block.hidden)))
+        block.forward([0], _some((1, past, model.block.hidden)))
         forward = self._token_seconds(block, past)
         progress(1, 2)
         head = None
@@ -153,7 +153,7 @@ class Bench:
     def _token_seconds(self, stage: GeneratingStage, past: int) -> float:
         """One token after `past` others."""
         token = _some((1, 1, self.request.model.block.hidden))
-        return _mean(lambda: stage.forward(0, token), before=lambda: stage.truncate(0, past))
+        return _mean(lambda: stage.forward([0], token), before=lambda: stage.truncate(0, past))
 
     def _decoder(self, spec: StageSpec) -> GeneratingStage:
         return FusedStage(spec, self._reader(), None, self.threads)

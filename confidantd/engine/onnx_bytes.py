@@ -113,6 +113,6 @@ def model(
 
 
 def matmul_model() -> bytes:
-    """A file with one product: inputs `a` [m, k] and `b` [k, n], output `c` [m, n]."""
-    inputs = (value_info("a", ("m", "k")), value_info("b", ("k", "n")))
-    return model("matmul", (node("MatMul", "ab", "c"),), inputs, (value_info("c", ("m", "n")),))
+    """A file with one product: inputs `a` [a0, a1] and `b` [b0, b1], output `c` [c0, c1]."""
+    a, b, c = (value_info(name, (f"{name}0", f"{name}1")) for name in "abc")
+    return model("matmul", (node("MatMul", "ab", "c"),), (a, b), (c,))

@@ -78,12 +78,12 @@ class Generator:
 
     async def _forward(self, sequence: int, x: NDArray[np.generic], *, last: bool) -> None:
         """One step of this stage; `last` says that the head shall choose a token after it."""
-        y = await self._exchange.compute(self._stage.forward, sequence, x)
+        y = await self._exchange.compute(self._stage.forward, [sequence], x)
         if not self._place.spec.head:
             target = self._place.stage + 1
             await self._exchange.send(target, FrameKind.HIDDEN, sequence, int(last), y)
         elif last:
-            await self._choose(await self._sequence(sequence), y)
+            await self._choose(await self._sequence(sequence), y[0])
 
     def _sequence(self, sequence: int) -> asyncio.Future[_Sequence]:
         """The sequence, once its command is here: hidden states may overtake the command."""
@@ -111,4 +111,5 @@ class Generator:
                 await self._exchange.send(0, FrameKind.TOKEN, command.sequence, 0, data)
                 return
             fed = np.array([[token]], dtype=np.int64)
-            logits = await self._exchange.compute(self._stage.forward, command.sequence, fed)
+            found = await self._exchange.compute(self._stage.forward, [command.sequence], fed)
+            logits = found[0]

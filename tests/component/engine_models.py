@@ -187,9 +187,13 @@ class Decoder:
 
     def logits(self, ids: Sequence[int], sequence: int = 0) -> NDArray[np.float32]:
         """Logits [V] after `ids`, which continue the sequence."""
-        x: NDArray[Any] = np.array([ids], np.int64)
+        return self.batch(np.array([ids], np.int64), [sequence])[0]
+
+    def batch(self, ids: NDArray[Any], sequences: Sequence[int]) -> NDArray[np.float32]:
+        """Logits [b, V] after `ids` [b, T], which continue the sequences."""
+        x = ids
         for stage in self.stages:
-            x = stage.forward(sequence, x)
+            x = stage.forward(sequences, x)
         return x
 
     def greedy(self, prompt: Sequence[int], count: int, sequence: int = 0) -> list[int]:

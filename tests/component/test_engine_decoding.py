@@ -16,6 +16,7 @@ from confidantd.errors import WorkerError
 from confidantd.models.folder import ModelFolder, read_model
 from tests.component.engine_models import (
     SHARED_MODELS,
+    Decoder,
     decoder,
     make_model,
     random_ids,
@@ -29,9 +30,11 @@ NEW_TOKENS = 32
 
 def reference_tokens(model: Any, prompt: list[int]) -> list[int]:
     """Greedy continuation by `transformers`, with its own cache."""
+    ids = torch.tensor([prompt])
     found = model.generate(
-        torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
-    )
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False,
+        pad_token_id=0,
+    )  # fmt: skip
     return [int(token) for token in found[0, len(prompt) :]]
 
 
@@ -113,3 +116,57 @@ def test_memory_mapped_weights_are_not_copied(tmp_path: Path, kind: str) -> None
         assert not weight.flags.owndata, name
         assert not weight.flags.writeable, name
         assert OrtValue.ortvalue_from_numpy(weight).data_ptr() == weight.ctypes.data, name
+
+
+class Batches:
+    """Sequences that go on together."""
+
+    def __init__(self, decode: Decoder) -> None:
+        self._decode = decode
+        self.tokens: dict[int, list[int]] = {}
+
+    def start(self, number: int, prompt: list[int]) -> None:
+        """A prompt, alone."""
+        self.tokens[number] = [int(self._decode.logits(prompt, number).argmax())]
+
+    def step(self, *numbers: int) -> None:
+        """One more token for each of these, all in one run."""
+        fed = np.array([[self.tokens[number][-1]] for number in numbers])
+        for number, row in zip(numbers, self._decode.batch(fed, numbers), strict=True):
+            self.tokens[number].append(int(row.argmax()))
+
+    def release(self, number: int) -> None:
+        """Forget it."""
+        for stage in self._decode.stages:
+            stage.release(number)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_a_mixed_batch_gives_each_the_tokens_it_gets_alone(
+    tmp_path: Path, kind: str, stages: int
+) -> None:
+    """Eight prompts of different lengths in one run a step; one ends, others come, some go on
+    alone for a while and join again in another order.
+    """
+    decode, model = decoder(save_model(kind, tmp_path), stages), make_model(kind)
+    prompts = [random_ids(20 + n, 3 + 2 * n).tolist() for n in range(10)]
+    batches = Batches(decode)
+    for number in range(8):
+        batches.start(number, prompts[number])
+    for _ in range(4):
+        batches.step(*range(8))
+    batches.release(2)
+    batches.start(8, prompts[8])
+    for _ in range(3):
+        batches.step(0, 8, 1, 3, 4, 5, 6, 7)
+    batches.start(9, prompts[9])
+    batches.step(7, 6, 5)
+    for _ in range(5):
+        batches.step(9, 7, 6, 5, 4, 3, 1, 8, 0)
+    for number, tokens in batches.tokens.items():
+        wanted = reference_tokens(model, prompts[number])
+        assert tokens == wanted[: len(tokens)], number
+        assert len(tokens) >= 5
+        batches.release(number)
+    assert all(stage.resident_bytes()["cache"] == 0 for stage in decode.stages)

@@ -94,7 +94,7 @@ def perplexity(read: Callable[[str], Any], spec: StageSpec, blocks: Sequence[Any
     stage, total, count = FusedStage(spec, read, None, 1), 0.0, 0
     for number, ids in enumerate(blocks):
         for here, following in itertools.pairwise(ids):
-            logits = stage.forward(number, np.array([[here]])).astype(np.float64)
+            logits = stage.forward([number], np.array([[here]]))[0].astype(np.float64)
             total += math.log(np.exp(logits - logits.max()).sum()) + logits.max()
             total -= float(logits[following])
             count += 1

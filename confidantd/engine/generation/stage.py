@@ -1,8 +1,10 @@
-"""One stage of a model in generation, as one program, with a KV cache per sequence."""
+"""One stage of a model in generation, as one program, for sequences that run together."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import onnxruntime
@@ -10,8 +12,8 @@ from numpy.typing import NDArray
 
 from confidantd.engine.backends.base import RUN_FAILURES, SessionSetting, first_line
 from confidantd.engine.backends.cpu import CpuBackend
+from confidantd.engine.generation.batch_cache import BatchCache, BatchCaches
 from confidantd.engine.generation.graph import cached_width, needs_positions, stage_graph
-from confidantd.engine.generation.kv_cache import SequenceCache
 from confidantd.engine.generation.weights import AnyReader, StageWeights
 from confidantd.engine.tensors import Floats, Reader
 from confidantd.errors import WorkerError
@@ -23,19 +25,19 @@ from confidantd.wire.stage import StageSpec
 class GeneratingStage(Protocol):
     """Blocks [first, past last) of a model, with embedding and head where it has them."""
 
-    def forward(self, sequence: int, x: NDArray[Any]) -> Floats:
-        """Ids [1, T] (embedding stage) or hidden states [1, T, D] that follow what the
-        sequence's cache holds. Gives hidden states [1, T, D]; on the head stage the logits [V]
-        of the last position.
+    def forward(self, sequences: Sequence[int], x: NDArray[Any]) -> Floats:
+        """Ids [b, T] (embedding stage) or hidden states [b, T, D], a row for each of b sequences,
+        that follow what the sequences have; T is 1 where b is not. Gives hidden states
+        [b, T, D], or on the head stage the logits [b, V] of the last position.
         """
         ...
 
     def truncate(self, sequence: int, length: int) -> None:
-        """Forget what the sequence's cache holds after its first `length` positions."""
+        """Forget what a sequence has after its first `length` positions."""
         ...
 
     def release(self, sequence: int) -> None:
-        """Drop the sequence's cache."""
+        """Forget a sequence."""
         ...
 
     def resident_bytes(self) -> dict[str, int]:
@@ -61,16 +63,21 @@ class FusedStage:
         self._session = CpuBackend().written_session(
             graph.file(), graph.weights, SessionSetting(threads)
         )
-        self._sequences: dict[int, _Sequence] = {}
+        block = spec.model.block
+        layers = spec.past_last_layer - spec.first_layer
+        self._caches = BatchCaches(layers, block.kv_heads, cached_width(block))
+        self._runs = WeakKeyDictionary[BatchCache, _Run]()
 
-    def forward(self, sequence: int, x: NDArray[Any]) -> Floats:
+    def forward(self, sequences: Sequence[int], x: NDArray[Any]) -> Floats:
         """As a `GeneratingStage`."""
-        found = self._sequences.get(sequence)
-        if found is None:
-            found = self._sequences[sequence] = _Sequence(self._spec, self._session)
-        check_room(self._spec.model, found.cache.length + x.shape[1])
+        for sequence in sequences:
+            check_room(self._spec.model, self._caches.length(sequence) + x.shape[1])
+        cache = self._caches.together(list(sequences))
+        run = self._runs.get(cache)
+        if run is None:
+            run = self._runs[cache] = _Run(self._spec, self._session)
         try:
-            return found.forward(x)
+            return run(cache, x)
         except RUN_FAILURES as failure:
             reason = first_line(failure)
             if "allocate" in str(failure) or "bad_alloc" in str(failure):
@@ -79,82 +86,76 @@ class FusedStage:
 
     def truncate(self, sequence: int, length: int) -> None:
         """As a `GeneratingStage`."""
-        found = self._sequences.get(sequence)
-        if found is not None:
-            found.cache.length = min(found.cache.length, length)
+        self._caches.truncate(sequence, length)
 
     def release(self, sequence: int) -> None:
         """As a `GeneratingStage`."""
-        self._sequences.pop(sequence, None)
+        self._caches.release(sequence)
 
     def resident_bytes(self) -> dict[str, int]:
         """As a `GeneratingStage`."""
-        cached = sum(found.cache.bytes for found in self._sequences.values())
-        return {"weights": sum(a.nbytes for a in self._weights.values()), "cache": cached}
+        weights = sum(array.nbytes for array in self._weights.values())
+        return {"weights": weights, "cache": self._caches.bytes}
 
     def close(self) -> None:
         """Nothing runs beside it."""
 
 
-class _Sequence:
-    """A cache that is bound to the stage's program: its memory is written in place."""
+class _Run:
+    """Runs a stage's program on one cache, whose memory is bound to it as long as it stays."""
 
     def __init__(self, spec: StageSpec, session: onnxruntime.InferenceSession) -> None:
         self._spec, self._session = spec, session
-        self.cache = SequenceCache(spec.model.block, width=cached_width(spec.model.block))
         self._binding = session.io_binding()
-        self._bound_capacity = 0
-        self._last, self._length = np.zeros(1, np.int32), np.zeros((), np.int32)
+        self._bound_version = -1
         self._kept: dict[str, NDArray[Any]] = {}  # what is bound must outlive the run
-        if self._layers:
-            self._bind("last", self._last)
-            self._bind("length", self._length)
 
-    @property
-    def _layers(self) -> range:
-        return range(self._spec.first_layer, self._spec.past_last_layer)
-
-    def forward(self, x: NDArray[Any]) -> Floats:
-        """One run; the cache is longer afterwards."""
+    def __call__(self, cache: BatchCache, x: NDArray[Any]) -> Floats:
+        """Once; the cache is longer afterwards."""
         spec, model = self._spec, self._spec.model
-        past, steps = self.cache.length, x.shape[1]
-        length = past + steps
-        self.cache.reserve(length)
-        if self._layers and self._bound_capacity != self.cache.capacity:
-            self._bind_cache()
-        self._last[...], self._length[...] = length - 1, length
+        rows, steps = x.shape[:2]
+        lengths = np.array(cache.lengths, np.int32) + np.int32(steps)
+        cache.reserve(int(lengths.max()))
+        if spec.past_last_layer > spec.first_layer:
+            self._bind_cache(cache)
+            self._bind("last", lengths - np.int32(1))
+            self._bind("length", lengths.max())
         self._bind("ids" if spec.embedding else "x", x)
         if needs_positions(spec):
-            self._bind("positions", np.arange(past, length)[None])
+            self._bind("positions", lengths[:, None] + np.arange(-steps, 0))
         if spec.head:
             self._bind("first_row", np.array([steps - 1]))
-        shape = (1, 1, model.vocabulary) if spec.head else (1, steps, model.block.hidden)
+        shape = (rows, 1, model.vocabulary) if spec.head else (rows, steps, model.block.hidden)
         found = np.empty(shape, np.float32)
         name = "logits" if spec.head else "y"
         self._binding.bind_output(name, "cpu", 0, np.float32, shape, found.ctypes.data)
         self._session.run_with_iobinding(self._binding)
-        self.cache.length = length
-        return found[0, 0] if spec.head else found
+        cache.lengths = lengths.tolist()
+        return found[:, 0] if spec.head else found
 
-    def _bind(self, name: str, given: NDArray[Any]) -> None:
-        array = given if given.flags.c_contiguous else np.ascontiguousarray(given)
+    def _bind(self, name: str, given: NDArray[Any] | np.generic) -> None:
+        array = np.asarray(given)
+        if not array.flags.c_contiguous:
+            array = np.ascontiguousarray(array)
         self._kept[name] = array
         self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
-    def _bind_cache(self) -> None:
+    def _bind_cache(self, cache: BatchCache) -> None:
         """The same memory for the past and the new keys and values."""
-        for index, layer in enumerate(self._layers):
-            for kind, buffer in zip(("key", "value"), self.cache.buffers(index), strict=True):
+        if cache.version == self._bound_version:
+            return
+        for layer, buffers in enumerate(cache.buffers(), self._spec.first_layer):
+            for kind, buffer in zip(("key", "value"), buffers, strict=True):
                 place = ("cpu", 0, np.float32, buffer.shape, buffer.ctypes.data)
                 self._binding.bind_input(f"{kind}.{layer}", *place)
                 self._binding.bind_output(f"new_{kind}.{layer}", *place)
-        self._bound_capacity = self.cache.capacity
         rope, head_dim = self._spec.model.block.rope, self._spec.model.block.head_dim
-        if rope is not None:
-            positions = np.arange(self._bound_capacity, dtype=np.float32)[:, None]
+        if rope is not None and len(self._kept.get("cosine", ())) != cache.capacity:
+            positions = np.arange(cache.capacity, dtype=np.float32)[:, None]
             angles = positions * np.array(rope_frequencies(rope, head_dim), np.float32)
             self._bind("cosine", np.cos(angles))
             self._bind("sine", np.sin(angles))
+        self._bound_version = cache.version
 
 
 def check_room(model: ModelSpec, length: int) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from confidantd.engine.generation.kv_cache import SequenceCache
 from confidantd.engine.split.blocks import ATTENTION, MLP, Failed, Part, Parts, joined
 from confidantd.engine.split.decode_blocks import position
+from confidantd.engine.split.kv_cache import SequenceCache
 from confidantd.engine.split.parts import BackendPrograms
 from confidantd.engine.tensors import Floats
 from confidantd.engine.trained_weights import Group

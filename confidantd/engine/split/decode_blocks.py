@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from confidantd.engine.generation.kv_cache import SequenceCache
 from confidantd.engine.program import EngineProgram
+from confidantd.engine.split.kv_cache import SequenceCache
 from confidantd.engine.tensors import Floats
 from confidantd.engine.trained_weights import Group
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from confidantd.engine.generation.kv_cache import SequenceCache
 from confidantd.engine.split.blocks import ATTENTION, MLP
 from confidantd.engine.split.decode import ATTENTION_PROGRAM, SplitDecode
 from confidantd.engine.split.decode_blocks import BLOCK_PROGRAM, DecodeRunner, FusedDecode
+from confidantd.engine.split.kv_cache import SequenceCache
 from confidantd.engine.split.plan import make_parts
 from confidantd.engine.split.profile import compositions, placement_of
 from confidantd.engine.split.proof import Sampled, check, sampled, wrong_ones

@@ -6,16 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from confidantd.config import Split
 from confidantd.engine.backends.base import Backend
-from confidantd.engine.generation.kv_cache import SequenceCache
 from confidantd.engine.generation.stage import check_room
 from confidantd.engine.lora import merge
 from confidantd.engine.program import load_programs
 from confidantd.engine.split.choice import Memory
 from confidantd.engine.split.decode_blocks import BLOCK_PROGRAM, DecodeRunner, FusedDecode, position
+from confidantd.engine.split.kv_cache import SequenceCache
 from confidantd.engine.split.scheduled_decode import ScheduledDecode
 from confidantd.engine.split.team import Report, Team
 from confidantd.engine.tensors import Floats, Reader, load
@@ -83,8 +84,13 @@ class SplitStage:
         if self._team is not None:
             self._team.close()
 
-    def forward(self, sequence: int, x: NDArray[Any]) -> Floats:
-        """As a `GeneratingStage`."""
+    def forward(self, sequences: Sequence[int], x: NDArray[Any]) -> Floats:
+        """As a `GeneratingStage`; one sequence after the other."""
+        found = [self._row(s, x[i : i + 1]) for i, s in enumerate(sequences)]
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def _row(self, sequence: int, x: NDArray[Any]) -> Floats:
+        """Of one sequence."""
         cache = self._sequences.get(sequence)
         if cache is None:
             cache = self._sequences[sequence] = SequenceCache(self._spec.model.block)
@@ -98,9 +104,7 @@ class SplitStage:
         cache.length = past + steps
         if not self._spec.head:
             return x
-        logits: Floats = self._programs["head_logits"].run({"x": x[:, -1:]}, self._head)["logits"][
-            0
-        ]
+        logits: Floats = self._programs["head_logits"].run({"x": x[:, -1:]}, self._head)["logits"]
         return logits
 
     def truncate(self, sequence: int, length: int) -> None:

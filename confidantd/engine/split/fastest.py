@@ -28,11 +28,11 @@ def faster(
     stages: tuple[GeneratingStage, ...] = (fused, shared)
     times: list[list[float]] = [[], []]
     for stage in stages:
-        stage.forward(TRIAL, _some(spec, PAST_POSITIONS))
+        stage.forward([TRIAL], _some(spec, PAST_POSITIONS))
     for _ in range(1 + ROUNDS):
         for index, stage in enumerate(stages):
             started = time.perf_counter()
-            stage.forward(TRIAL, _some(spec, 1))
+            stage.forward([TRIAL], _some(spec, 1))
             times[index].append(time.perf_counter() - started)
             stage.truncate(TRIAL, PAST_POSITIONS)
     for stage in stages:

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 from confidantd.config import Split
 from confidantd.engine.backends.cpu import CpuBackend
-from confidantd.engine.generation.kv_cache import SequenceCache
 from confidantd.engine.split.blocks import ATTENTION, MLP
 from confidantd.engine.split.choice import Memory, announce, chosen_parts, remembered
 from confidantd.engine.split.decode import SplitDecode
 from confidantd.engine.split.decode_blocks import BLOCK_PROGRAM, DecodeRunner, FusedDecode
 from confidantd.engine.split.decode_profile import DecodeBench, leave_out_wrong, measure_decode
+from confidantd.engine.split.kv_cache import SequenceCache
 from confidantd.engine.split.proof import check
 from confidantd.engine.split.team import Report, Team
 from confidantd.engine.tensors import Floats

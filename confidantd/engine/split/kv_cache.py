@@ -13,14 +13,13 @@ _FIRST_CAPACITY = 64  # positions; then a quarter more each time, so at most a f
 class SequenceCache:
     """Buffers [1, K, C, d] per block, of which the first `length` positions are valid.
 
-    Positions that are there from the start are zeros; `width` is d where that is not the size
-    of a head.
+    Positions that are there from the start are zeros.
     """
 
-    def __init__(self, block: BlockSpec, length: int = 0, width: int = 0) -> None:
+    def __init__(self, block: BlockSpec, length: int = 0) -> None:
         self.length = length
         capacity = max(_FIRST_CAPACITY, length + 1)
-        self._shape = (1, block.kv_heads, capacity, width or block.head_dim)
+        self._shape = (1, block.kv_heads, capacity, block.head_dim)
         self._keys: list[Floats] = []
         self._values: list[Floats] = []
 
