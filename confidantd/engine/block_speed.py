@@ -16,8 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from confidantd.engine.generation.stage import FusedStage, GeneratingStage
-from confidantd.engine.tensors import Floats, Reader
+from confidantd.engine.quantised import Quantised, any_quantised
+from confidantd.engine.tensors import Array, Floats
 from confidantd.engine.train_stage import TrainStage
+from confidantd.models.quantisation import quantised_matrices
 from confidantd.models.spec import Form, ProgramRequest
 from confidantd.models.tensors import (
     block_parameters,
@@ -162,12 +164,20 @@ class Bench:
         model = replace(self.request.model, layers=max(1, blocks), tied=False)
         return StageSpec(model, 0, blocks, embedding, head, None)
 
-    def _reader(self) -> Reader:
+    def _reader(self) -> Any:
         model = replace(self.request.model, tied=False)
         blocks = (source for layer in range(model.layers) for source in block_sources(model, layer))
         sources = (*blocks, *embedding_sources(model), *head_sources(model))
         shapes = {source.name: source.shape for source in sources}
-        return lambda name: _some(shapes[name])
+        quantised = quantised_matrices(model, tied=False) if model.quantised else ()
+        formats = {matrix.name: matrix for matrix in quantised}
+
+        def read(name: str) -> Array | Quantised:
+            if name in formats:
+                return any_quantised(formats[name].format, formats[name].shape)
+            return _some(shapes[name])
+
+        return read
 
 
 def _passes(stage: TrainStage, x: Floats, dy: Floats, blocks: int) -> tuple[float, float]:

@@ -63,7 +63,7 @@ def quantised_from_file(
     path: Path, offset: int, form: BlockFormat, shape: tuple[int, ...]
 ) -> Quantised:
     """What `to_bytes` wrote at `offset` of a file; a read-only memory map."""
-    if len(shape) != 2:
+    if len(shape) != 2 or min(shape) < 1:
         raise ModelError(f"{path}: a quantised tensor must be a matrix")
     sides = (shape[0], shape[1])
     try:
@@ -75,8 +75,17 @@ def quantised_from_file(
     return Quantised.of_bytes(form, sides, data)
 
 
+def any_quantised(form: BlockFormat, shape: tuple[int, int]) -> Quantised:
+    """Some matrix, made at once: all weights are small and none is the same as the next."""
+    packed = form.packed_shape(shape)
+    numbers = np.resize(np.arange(251, dtype=np.uint8), packed)
+    return Quantised(form, shape, numbers, np.full(packed[:2], 1e-4, np.float16))
+
+
 def quantise(matrix: NDArray[Any], form: BlockFormat) -> Quantised:
-    """The nearest matrix of this format to one [out, in]."""
+    """The nearest matrix of this format to one [out, in]; ValueError if it has a number that is
+    not finite, or too large for the format.
+    """
     rows, width = matrix.shape
     packed = form.packed_shape((rows, width))
     numbers, scales = np.empty(packed, np.uint8), np.empty(packed[:2], np.float16)
@@ -85,6 +94,8 @@ def quantise(matrix: NDArray[Any], form: BlockFormat) -> Quantised:
         part[:, :width] = matrix[some]
         blocks = part.reshape(part.shape[0], packed[1], form.block)
         whole, scales[some] = _eight(blocks) if form.bits == 8 else _four(blocks)
+        if not np.isfinite(scales[some]).all():
+            raise ValueError("a number is not finite, or too large")
         numbers[some] = whole if form.bits == 8 else whole[..., 0::2] | whole[..., 1::2] << 4
     return Quantised(form, (rows, width), numbers, scales)
 

@@ -10,10 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from confidantd.engine.tensors import Floats
+from confidantd.errors import ProtocolError, WorkerError
 from confidantd.wire.sampling import Sampling
 
 Doubles = NDArray[np.float64]
 Ids = NDArray[np.int64]
+MOST_CHOSEN = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +40,17 @@ class Sampler:
         sampling.check()
         self._sampling = sampling
         self._seen = set(seen)
-        self._generator = np.random.default_rng(sampling.seed & (2**64 - 1))
-        self._generator.random(chosen)
+        if not 0 <= chosen <= MOST_CHOSEN:
+            raise ProtocolError(f"{chosen} tokens cannot have been chosen before")
+        bits = np.random.PCG64(sampling.seed & (2**64 - 1))
+        bits.advance(chosen)  # each draw takes one number
+        self._generator = np.random.Generator(bits)
 
     def pick(self, logits: Floats) -> Choice:
         """A token id from logits [V]; greedy takes the first of equals."""
         sampling = self._sampling
+        if not np.isfinite(logits.max()):
+            raise WorkerError("the model gives no numbers for the next token", "is it damaged?")
         penalised = self._penalised(logits)
         if sampling.temperature == 0:
             token = int(np.argmax(penalised))
@@ -77,9 +84,9 @@ def candidates(logits: Floats, sampling: Sampling) -> tuple[Ids, Doubles]:
     """
     ids: Ids = np.arange(len(logits))
     if 0 < sampling.top_k < len(logits):
-        ids = np.argpartition(-logits, sampling.top_k - 1)[: sampling.top_k]
-    scaled = logits[ids].astype(np.float64) / sampling.temperature
-    probabilities: Doubles = np.exp(scaled - scaled.max())
+        ids = np.argsort(-logits, kind="stable")[: sampling.top_k]  # of equals the first
+    chosen = logits[ids].astype(np.float64)
+    probabilities: Doubles = np.exp((chosen - chosen.max()) / sampling.temperature)
     probabilities /= probabilities.sum()
     if sampling.top_p < 1:
         order = np.argsort(-probabilities, kind="stable")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,31 @@ def tensor_from_file(path: Path, offset: int, dtype: str, shape: tuple[int, ...]
         mapped = np.memmap(path, stored, mode="r", offset=offset, shape=shape)
     except OSError as failure:
         raise ModelError(f"cannot read {path} ({failure.strerror})") from None
-    if dtype == "BF16":
-        return (mapped.astype(np.uint32) << 16).view(np.float32)
-    return mapped
+    return _widened(mapped) if dtype == "BF16" else mapped
+
+
+def _widened(mapped: Array) -> Floats:
+    """Numbers of 16 bits, the upper half of float32's, as float32: one array, and no other."""
+    found = np.empty(mapped.shape, np.float32)
+    bits = found.view(np.uint32)
+    np.left_shift(mapped, np.uint32(16), out=bits, dtype=np.uint32, casting="unsafe")
+    forget_pages(mapped)
+    return found
+
+
+def forget_pages(array: Array) -> None:
+    """Let go of the memory of a file's map; what is read again comes from the file again."""
+    mapping = getattr(array, "_mmap", None)
+    if mapping is not None and hasattr(mapping, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
+        mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def floats(array: Array) -> Floats:
+    """As float32 in C order: the array itself where it is that."""
+    found = np.require(array, np.float32, ("C", "ALIGNED"))
+    if found is not array:
+        forget_pages(array)
+    return found
 
 
 def stored(source: Source, read: Callable[[str], Any]) -> Array:

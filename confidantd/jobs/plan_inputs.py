@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from confidantd.errors import DeviceError, UsageError
 from confidantd.ids import DeviceId, short_id
+from confidantd.models.layout import cached_width
 from confidantd.models.programs import worth_splitting
 from confidantd.models.quantisation import block_bytes, head_bytes
 from confidantd.models.saved import saved_floats
@@ -182,14 +183,14 @@ def plan_workload(request: PlanRequest) -> Workload:
         vocabulary=model.vocabulary,
         heads=block.heads,
         head_dim=block.head_dim,
-        kv_width=block.kv_heads * block.head_dim,
+        kv_width=block.kv_heads * cached_width(block),
         columns=block.columns,
         microbatch_size=request.batch_size // request.microbatches,
         microbatches=request.microbatches,
         sequence_length=request.sequence_length,
         method=request.method,
         saved_floats=0 if request.method is None else _saved_floats(request),
-        splits=worth_splitting(program_request(request)),
+        splits=not model.quantised and worth_splitting(program_request(request)),
         load=request.load,
         block_bytes=block_bytes(model) if model.quantised else 0,
         head_bytes=head_bytes(model) if model.quantised else 0,

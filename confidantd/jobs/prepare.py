@@ -12,12 +12,14 @@ from confidantd.ids import DeviceId, digest_of
 from confidantd.jobs.assign import Material
 from confidantd.jobs.moving import Wanted
 from confidantd.jobs.plan_inputs import plan_devices
+from confidantd.jobs.programs import Progress
 from confidantd.jobs.record import JobLog
 from confidantd.jobs.services import JobServices, SwarmView, emit_progress
 from confidantd.jobs.setup import Workload
 from confidantd.models.programs import program_names, worth_splitting
 from confidantd.models.quantisation import quantised_matrices
 from confidantd.models.safetensors import TensorLocation
+from confidantd.models.spec import ProgramRequest
 from confidantd.models.stage_parts import stage_parts
 from confidantd.planner.costs import PlanDevice
 from confidantd.swarm.state import PeerView
@@ -65,10 +67,23 @@ async def _programs(
     peers = [p for p in services.swarm.peers() if p.is_self or p.state == "alive"]
     several = any(p.resources is not None and len(p.resources.backends) > 1 for p in peers)
     split = several and worth_splitting(request)
-    if workload.method is None:
-        split = split and not workload.spec.quantised
-        if not (split and services.programs.possible(others)):
-            return {}
+    if workload.method is not None:
+        return await _compiled(services, request, split, progress)
+    if not split or workload.spec.quantised or not services.programs.possible(others):
+        return {}
+    try:
+        return await _compiled(services, request, split, progress)
+    except ConfidantError as failure:
+        text = f"blocks are not shared out over backends ({failure.message})"
+        log.emit({"event": "notice", "code": "not-shared-out", "message": text,
+                  "device": services.self_id, "name": workload.model.path.name})  # fmt: skip
+        return {}
+
+
+async def _compiled(
+    services: JobServices, request: ProgramRequest, split: bool, progress: Progress
+) -> dict[str, ProgramEntry]:
+    others = compilers(services.swarm)
     found = await services.programs.get(request, others, progress)
     if split:
         parts = replace(request, split=True)

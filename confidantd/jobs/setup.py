@@ -134,6 +134,8 @@ def planned_workload(options: PlanOptions) -> Workload:
     """What `confidant plan` is asked about. A served request is as long as a generated one."""
     if options.load is not None and options.objective != "serve":
         raise UsageError("--load needs --serve")
+    if options.quantise != "none" and options.objective == "train":
+        raise UsageError("--quantise needs --generate or --serve: training needs all bits")
     match options.objective:
         case "train":
             return train_workload(options)

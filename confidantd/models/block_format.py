@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Literal, Self, cast
 
 Bits = Literal[4, 8]
-SCALE_BYTES = 2  # float16
+SCALE_BYTES = 2  # float16, as stored
+PACKED_BYTES = 12  # beside the numbers of a block, in memory
 _NAME = re.compile(r"INT([48]):(16|32|64|128|256)")
 
 
@@ -37,6 +38,12 @@ class BlockFormat:
     def packed_shape(self, shape: tuple[int, int]) -> tuple[int, int, int]:
         """Of the numbers of a matrix, as bytes."""
         return shape[0], self.blocks(shape[1]), self.block * self.bits // 8
+
+    def memory(self, shape: tuple[int, int]) -> int:
+        """Bytes of a matrix that is computed with: ONNX Runtime packs the numbers, with scales and
+        block sums in float32, and keeps the scales that it was given.
+        """
+        return math.prod(self.packed_shape(shape)) + PACKED_BYTES * shape[0] * self.blocks(shape[1])
 
     def size(self, shape: tuple[int, int]) -> int:
         """Bytes of a matrix: its numbers, then its scales in float16."""

@@ -37,6 +37,15 @@ class Linear:
         return sides if output_major(self.name) else sides[::-1]
 
 
+# What ONNX Runtime's GroupQueryAttention wants of the size of a head in the cache.
+_HEAD_MULTIPLE = 8
+
+
+def cached_width(block: BlockSpec) -> int:
+    """Numbers of a head in the cache: its size, rounded up to what the attention takes."""
+    return -(-block.head_dim // _HEAD_MULTIPLE) * _HEAD_MULTIPLE
+
+
 _WRITES_HIDDEN = ("o", "down")
 
 

@@ -98,12 +98,15 @@ def rope_of(config: Config) -> RopeSpec:
         case "linear":
             return RopeSpec(theta, "linear", scaling.number("factor"))
         case "llama3":
+            low, high = (scaling.number(f"{end}_freq_factor") for end in ("low", "high"))
+            if low >= high:
+                raise ModelError(f"{scaling.where}: low_freq_factor must be under high_freq_factor")
             return RopeSpec(
                 theta,
                 "llama3",
                 scaling.number("factor"),
-                scaling.number("low_freq_factor"),
-                scaling.number("high_freq_factor"),
+                low,
+                high,
                 scaling.size(
                     "original_max_position_embeddings",
                     config.size("max_position_embeddings", 2048),

@@ -71,7 +71,7 @@ def quantised_matrices(spec: ModelSpec, *, tied: bool) -> tuple[QuantisedMatrix,
 
 
 def block_bytes(spec: ModelSpec) -> int:
-    """Of the weights of one block."""
+    """Memory of the weights of one block."""
     form = format_of(spec)
     if form is None:
         return FLOAT_BYTES * block_parameters(spec)
@@ -79,16 +79,20 @@ def block_bytes(spec: ModelSpec) -> int:
     sources = block_sources(spec, 0)
     matrices = [_matrix(s, s.name, transposed, form) for s in sources if _is_matrix(s)]
     others = [s for s in sources if not _is_matrix(s)]
-    return sum(form.size(m.shape) for m in matrices) + _float_bytes(others)
+    return sum(form.memory(m.shape) for m in matrices) + _float_bytes(others)
 
 
 def head_bytes(spec: ModelSpec) -> int:
-    """Of the weights after the last block, the tied table included."""
+    """Memory of the weights after the last block, the tied table included. ONNX Runtime keeps
+    room for a second head, the largest matrix, after it packed it: measured.
+    """
     form = format_of(spec)
     if form is None:
         return FLOAT_BYTES * head_parameters(spec)
     *others, head = head_sources(spec)
-    return _head_format(form).size((head.shape[0], head.shape[1])) + _float_bytes(others)
+    head_format, shape = _head_format(form), (head.shape[0], head.shape[1])
+    twice = math.prod(head_format.packed_shape(shape))
+    return head_format.memory(shape) + twice + _float_bytes(others)
 
 
 def _head_format(form: BlockFormat) -> BlockFormat:

@@ -101,7 +101,7 @@ class ProgramRequest:
     def of(
         cls, model: ModelSpec, method: Method | None, lora: LoraSpec | None, rows: int, length: int
     ) -> ProgramRequest:
-        """For training by a method, or for generation without one: an adapter is merged then."""
+        """For training by a method, or for generation without one, where none has an adapter."""
         if method is None:
             return cls(model, "generate")
         return cls(model, "train", method, lora, rows, length)

@@ -31,7 +31,7 @@ class Sampling:
         checks = (
             (0 <= self.temperature < math.inf, "temperature must be 0 or more", self.temperature),
             (0 < self.top_p <= 1, "top-p must be over 0 and at most 1", self.top_p),
-            (self.top_k >= 0, "top-k must be 0 or more", self.top_k),
+            (0 <= self.top_k < 1 << 31, "top-k must be 0 or more", self.top_k),
             (0 <= self.min_p <= 1, "min-p must be from 0 to 1", self.min_p),
             (
                 0 < self.repetition_penalty <= MOST_PENALTY,

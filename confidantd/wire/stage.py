@@ -53,8 +53,8 @@ class StageSpec:
 
     `training` is None for generation; `form` says whether a training stage keeps what its
     forwards computed (`saved`) or computes it again (`recompute`). `lora` describes
-    either the adapter that is trained (method `lora`) or one that is merged into the
-    weights at load (generation). `microbatch_size` and `sequence_length` are the training shapes.
+    either the adapter that is trained (method `lora`) or one that is computed beside
+    the weights (generation). `microbatch_size` and `sequence_length` are the training shapes.
     """
 
     model: ModelSpec

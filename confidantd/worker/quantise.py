@@ -43,12 +43,15 @@ def _quantise(tensor: dict[str, Any], target: Path) -> None:
     stored = tensor_from_file(Path(tensor["file"]), tensor["offset"], tensor["dtype"], shape)
     if form is None or stored.ndim != 2:
         raise ModelError(f"{tensor['name']} cannot be quantised")
-    matrix = stored.T if tensor["transposed"] else stored
-    if not np.isfinite(matrix).all():
-        raise ModelError(f"{tensor['name']} holds a number that is not finite")
-    data = quantise(matrix, form).to_bytes()
     try:
-        target.write_bytes(data)
+        with np.errstate(invalid="ignore", over="ignore"):
+            found = quantise(stored.T if tensor["transposed"] else stored, form)
+    except ValueError as failure:
+        raise ModelError(f"{tensor['name']} cannot be quantised: {failure}") from None
+    try:
+        with target.open("wb") as file:
+            file.write(found.numbers.data)
+            file.write(found.scales.data)
     except OSError as failure:
         raise storage_error(target, failure) from None
 

@@ -73,20 +73,22 @@ def become(stage: TrainStage, load: Load, report: PipeReport) -> None:
 
 def make_generating_stage(load: Load, report: PipeReport) -> GeneratingStage:
     """A generating stage, one program on the CPU unless it is faster on several backends."""
-    place = load.assignment
-    read_adapter = _adapter_reader(load)
-    read_any = any_reader(place.tensors, load.blobs)
-    fused = FusedStage(place.spec, read_any, read_adapter, place.threads)
+    place, read_adapter = load.assignment, _adapter_reader(load)
+
+    def fused() -> GeneratingStage:
+        read = any_reader(place.tensors, load.blobs)
+        return FusedStage(place.spec, read, read_adapter, place.threads)
+
+    def shared() -> GeneratingStage:
+        programs = program_paths(place.programs, load.blobs)
+        read = reader(place.tensors, load.blobs)
+        stage = SplitStage(place.spec, programs, read, read_adapter, place.threads)
+        _schedule(stage, load, report, DECODE_SPLIT_PROGRAM)
+        return stage
+
     if len(load.backends) < 2 or DECODE_SPLIT_PROGRAM not in place.programs:
-        return fused
-    programs = program_paths(place.programs, load.blobs)
-    read = reader(place.tensors, load.blobs)
-    shared = SplitStage(place.spec, programs, read, read_adapter, place.threads)
-    _schedule(shared, load, report, DECODE_SPLIT_PROGRAM)
-    if load.split == "always":
-        fused.close()
-        return shared
-    return faster(place.spec, fused, shared, report)
+        return fused()
+    return shared() if load.split == "always" else faster(place.spec, fused, shared, report)
 
 
 def _adapter_reader(load: Load) -> Reader | None:

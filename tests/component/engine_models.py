@@ -43,6 +43,8 @@ _CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "rope_parameters": _LLAMA3,
         "head_dim": 10,
     },
+    "llama-16": {"head_dim": 16, "tie_word_embeddings": True},
+    "llama-24": {"head_dim": 24, "rope_parameters": _LLAMA3},
     "gpt2": {"tie_word_embeddings": True},
     "gpt2-untied": {"tie_word_embeddings": False, "activation_function": "gelu", "n_inner": 40},
 }

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from onnxruntime import OrtValue
 from tokenizers import Tokenizer
 
 from confidantd.engine.generation.stage import FusedStage
@@ -20,11 +19,13 @@ from tests.component.engine_models import (
     decoder,
     make_model,
     random_ids,
+    reader,
     save_model,
+    stage_specs,
 )
 from tests.component.test_engine_training import assert_close
 
-KINDS = ("llama", "llama-tied", "gpt2", "gpt2-untied")
+KINDS = ("llama", "llama-tied", "llama-16", "llama-24", "gpt2", "gpt2-untied")
 NEW_TOKENS = 32
 
 
@@ -41,9 +42,9 @@ def reference_tokens(model: Any, prompt: list[int]) -> list[int]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stages", [1, 3])
 def test_greedy_tokens_equal_transformers(tmp_path: Path, kind: str, stages: int) -> None:
-    """Prompt of several tokens, then one at a time."""
+    """Prompt of several tokens, then one at a time, until the cache has grown."""
     decode = decoder(save_model(kind, tmp_path), stages)
-    prompt = random_ids(5, 7).tolist()
+    prompt = random_ids(5, 7 if kind.startswith("gpt2") else 50).tolist()
     assert decode.greedy(prompt, NEW_TOKENS) == reference_tokens(make_model(kind), prompt)
 
 
@@ -106,16 +107,51 @@ def test_real_gpt2_sorts() -> None:
         assert decode.greedy(letters, 6, sequence) == sorted(letters)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2"])
 def test_memory_mapped_weights_are_not_copied(tmp_path: Path, kind: str) -> None:
-    """What a checkpoint stores in float32 stays a view of its file, and is computed with there."""
+    """What a checkpoint stores in float32 stays a view of its file."""
     (stage,) = decoder(save_model(kind, tmp_path), 1).stages
     assert isinstance(stage, FusedStage)
     for name, weight in stage._weights.items():
         assert isinstance(weight, np.memmap), name
         assert not weight.flags.owndata, name
         assert not weight.flags.writeable, name
-        assert OrtValue.ortvalue_from_numpy(weight).data_ptr() == weight.ctypes.data, name
+
+
+def test_the_session_computes_with_the_weights_where_they_lie(tmp_path: Path) -> None:
+    """Other numbers there give other logits: it has no copy of its own."""
+    model = save_model("llama", tmp_path)
+    kept: dict[str, Any] = {}
+
+    def read(name: str) -> Any:
+        return kept.setdefault(name, np.array(reader(model.tensors)(name)))
+
+    (spec,) = stage_specs(model, 1, training=None, lora=None)
+    stage, ids = FusedStage(spec, read, None, 1), random_ids(1, 1, 5)
+    before = stage.forward([0], ids)
+    for name in ("model.layers.1.mlp.down_proj.weight", "lm_head.weight"):
+        kept[name] *= 1.5
+        after = stage.forward([len(kept)], ids)
+        assert np.abs(after - before).max() > 1e-3, name
+        before = after
+        stage.release(len(kept))
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-16", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_checkpoints_of_16_bits(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    """Computed with in float32; a table that is both ends is there once."""
+    narrow: Any = make_model(kind).to(dtype)
+    narrow.save_pretrained(tmp_path)
+    torch_model = type(narrow).from_pretrained(tmp_path, dtype=torch.float32).eval()
+    model = read_model(tmp_path)
+    decode, ids = decoder(model, 1), random_ids(2, 9)
+    with torch.no_grad():
+        wanted = torch_model(torch.tensor(ids[None])).logits[0, -1].numpy()
+    assert_close(decode.logits(ids.tolist()), wanted, kind, 1e-5)
+    (stage,) = decode.stages
+    assert isinstance(stage, FusedStage)
+    assert ("lm_head.weight" in stage._weights) != model.spec.tied
 
 
 class Batches:

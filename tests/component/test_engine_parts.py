@@ -66,7 +66,7 @@ def test_dtypes_are_read_as_torch_writes_them(tmp_path: Path) -> None:
 
 def test_engine_needs_no_torch() -> None:
     """Nor onnx, transformers or asyncio: what a worker imports stays small."""
-    modules = "train_stage decode_stage sampling tensors backends.probing"
+    modules = "train_stage generation.stage split.decode_stage sampling quantised backends.probing"
     program = (
         "import sys, importlib\n"
         f"for m in {modules.split()!r}: importlib.import_module('confidantd.engine.' + m)\n"

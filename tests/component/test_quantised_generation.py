@@ -21,6 +21,7 @@ from confidantd.models.quantisation import quantised_matrices, quantised_spec
 from confidantd.wire.stage import StageSpec
 from tests.component.engine_models import (
     SHARED_MODELS,
+    Adapter,
     Decoder,
     random_ids,
     reader,
@@ -28,6 +29,7 @@ from tests.component.engine_models import (
     stage_specs,
 )
 from tests.component.test_engine_decoding import real_model
+from tests.component.test_engine_lora import prepared
 
 TEXT = SHARED_MODELS / "data" / "wizard_of_oz.txt"
 ROUNDED_APART = 0.005
@@ -44,20 +46,27 @@ def quantised_reader(model: ModelFolder, choice: str) -> Callable[[str], Array |
     return lambda name: found[name] if name in found else plain(name)
 
 
-def specs(model: ModelFolder, choice: str, stages: int) -> list[StageSpec]:
+def specs(
+    model: ModelFolder, choice: str, stages: int, adapter: Adapter | None = None
+) -> list[StageSpec]:
     """Of the quantised model."""
-    found = stage_specs(model, stages, training=None, lora=None)
+    lora = None if adapter is None else adapter.lora
+    found = stage_specs(model, stages, training=None, lora=lora)
     spec = quantised_spec(model.spec, choice)
     return [dataclasses.replace(stage, model=spec) for stage in found]
 
 
-def quantised_decoder(model: ModelFolder, choice: str, stages: int) -> Decoder:
+def quantised_decoder(
+    model: ModelFolder, choice: str, stages: int, adapter: Adapter | None = None
+) -> Decoder:
     """Stages over quantised weights."""
     read = quantised_reader(model, choice)
-    return Decoder([FusedStage(spec, read, None, 1) for spec in specs(model, choice, stages)])
+    read_adapter = None if adapter is None else adapter.reader()
+    found = specs(model, choice, stages, adapter)
+    return Decoder([FusedStage(spec, read, read_adapter, 1) for spec in found])
 
 
-def dequantised_decoder(model: ModelFolder, choice: str) -> Decoder:
+def dequantised_decoder(model: ModelFolder, choice: str, adapter: Adapter | None = None) -> Decoder:
     """One stage over the float32 values of the same quantised weights."""
     read = quantised_reader(model, choice)
     transposed = {
@@ -71,7 +80,9 @@ def dequantised_decoder(model: ModelFolder, choice: str) -> Decoder:
             return found
         return found.values().T if transposed[name] else found.values()
 
-    return Decoder([FusedStage(spec, values, None, 1) for spec in specs(model, choice, 1)])
+    read_adapter = None if adapter is None else adapter.reader()
+    (spec,) = specs(model, choice, 1, adapter)
+    return Decoder([FusedStage(spec, values, read_adapter, 1)])
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2"])
@@ -87,6 +98,18 @@ def test_products_are_those_of_the_quantised_weights(
     assert np.abs(found - wanted).max() < 0.03 * np.abs(wanted).max()
     apart = quantised_decoder(model, choice, 3).logits(ids)
     assert np.abs(apart - found).max() < ROUNDED_APART * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_an_adapter_beside_quantised_weights(tmp_path: Path, kind: str) -> None:
+    """It is computed in float32, so what it adds is exact."""
+    _, model, adapter = prepared(kind, tmp_path)
+    ids = random_ids(3, 9).tolist()
+    wanted = dequantised_decoder(model, "int8", adapter).logits(ids)
+    found = quantised_decoder(model, "int8", 1, adapter).logits(ids)
+    plain = quantised_decoder(model, "int8", 1).logits(ids)
+    assert np.abs(found - wanted).max() < 0.03 * np.abs(wanted).max()
+    assert np.abs(plain - wanted).max() > 0.1 * np.abs(wanted).max()
 
 
 def perplexity(read: Callable[[str], Any], spec: StageSpec, blocks: Sequence[Any]) -> float:

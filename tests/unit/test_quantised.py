@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from confidantd.engine.quantised import Quantised, quantise, quantised_from_file
-from confidantd.errors import CorruptFileError, UsageError
+from confidantd.errors import CorruptFileError, ModelError, UsageError
 from confidantd.models.block_format import BlockFormat
 from confidantd.models.config import Config
 from confidantd.models.families import spec_from_config
@@ -61,6 +62,9 @@ def test_what_is_stored_has_the_size_that_is_planned_for(form: BlockFormat, tmp_
     file.write_bytes(data[:-1])
     with pytest.raises(CorruptFileError, match="shorter"):
         quantised_from_file(file, 0, form, (7, 90))
+    for shape in ((7,), (7, 0), (-7, 90), (7, 9, 10)):
+        with pytest.raises(ModelError, match="matrix"):
+            quantised_from_file(file, 0, form, shape)
 
 
 def test_four_bits_of_known_numbers() -> None:
@@ -108,10 +112,11 @@ def test_sizes_of_the_parts_are_those_of_their_matrices(
     assert (head.stored == head.name) != tied
     weights = sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices)
     others = spec.layers * block_parameters(spec) - weights
-    sizes = sum(matrix.format.size(matrix.shape) for matrix in matrices)
+    sizes = sum(matrix.format.memory(matrix.shape) for matrix in matrices)
     assert spec.layers * block_bytes(spec) == sizes + 4 * others
     norms = spec.block.hidden * (2 if spec.block.norm == "layer" else 1)
-    assert head_bytes(spec) == head.format.size(head.shape) + 4 * norms
+    twice = math.prod(head.format.packed_shape(head.shape))
+    assert head_bytes(spec) == head.format.memory(head.shape) + twice + 4 * norms
 
 
 def test_formats_of_strangers_are_none() -> None:

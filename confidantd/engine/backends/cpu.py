@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as failures
@@ -56,15 +55,13 @@ class CpuBackend:
     def written_session(
         self, program: bytes, weights: Mapping[str, NDArray[Any]], setting: SessionSetting
     ) -> onnxruntime.InferenceSession:
-        """A session of a program that this process wrote, over weights in its memory, which must
-        stay as they are. Raises as `session` does.
+        """A session of a program that this process wrote, with copies of these weights. Raises as
+        `session` does.
         """
         options = _options(setting)
-        if not any(array.dtype == np.uint8 for array in weights.values()):
-            # packed copies of float32 weights take as much memory again, and one row needs none
-            options.add_session_config_entry("session.disable_prepacking", "1")
-        values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
-        options.add_external_initializers(list(weights), values)
+        if weights:
+            values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+            options.add_external_initializers(list(weights), values)
         return _session(program, "the program of a stage", options)
 
 

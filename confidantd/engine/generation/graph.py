@@ -25,20 +25,14 @@ from confidantd.engine.generation.weights import Factors, Matrix, StageWeights
 from confidantd.engine.onnx_bytes import MICROSOFT, Attribute, Size
 from confidantd.engine.quantised import Quantised
 from confidantd.engine.tensors import Array
-from confidantd.models.layout import linears
+from confidantd.models.layout import cached_width, linears
 from confidantd.models.spec import BlockSpec, ModelSpec
 from confidantd.wire.stage import StageSpec
 
 _NEWER = "new_"
 _TABLES = ("cosine", "sine")
 _ACCURACY_LEVEL = 4  # what is multiplied by quantised weights has 8 bits a block, too
-# What GroupQueryAttention wants of a head's size, and to rotate by itself.
-_HEAD_MULTIPLE, _ROTARY_MULTIPLE = 8, 16
-
-
-def cached_width(block: BlockSpec) -> int:
-    """Numbers of a head in the cache: its size, rounded up to what the attention takes."""
-    return -(-block.head_dim // _HEAD_MULTIPLE) * _HEAD_MULTIPLE
+_ROTARY_MULTIPLE = 16  # of the size of a head, for attention that rotates by itself
 
 
 def turned_before(block: BlockSpec) -> bool:
@@ -55,13 +49,18 @@ def needs_positions(spec: StageSpec) -> bool:
 
 @dataclass(slots=True)
 class Graph:
-    """A graph so far: its parts as bytes, and the weights it is given beside the file."""
+    """A graph so far: its parts as bytes, and the weights it is given beside the file.
+
+    `bound` weights are inputs, so that they are read where they lie. ONNX Runtime copies those of
+    `packed`, which are initializers, into an order of its own.
+    """
 
     nodes: list[bytes] = field(default_factory=list)
     inputs: list[bytes] = field(default_factory=list)
     outputs: list[bytes] = field(default_factory=list)
     constants: list[bytes] = field(default_factory=list)
-    weights: dict[str, Array] = field(default_factory=dict)
+    bound: dict[str, Array] = field(default_factory=dict)
+    packed: dict[str, Array] = field(default_factory=dict)
     _names: int = 0
 
     def file(self) -> bytes:
@@ -83,9 +82,15 @@ class Graph:
 
     def weight(self, name: str, array: Array) -> str:
         """A weight; the same name twice is one."""
-        if name not in self.weights:
-            self.weights[name] = array
-            self.constants.append(onnx_bytes.outside(name, array))
+        if name not in self.bound:
+            self.bound[name] = array
+            self.input(name, *array.shape, element=array.dtype.name)
+        return name
+
+    def packed_weight(self, name: str, array: Array) -> str:
+        """A weight of a product that ONNX Runtime packs."""
+        self.packed[name] = array
+        self.constants.append(onnx_bytes.outside(name, array))
         return name
 
     def constant(self, name: str, array: Array) -> str:
@@ -294,8 +299,8 @@ class _Stage:
         graph, (outputs, inputs) = self._graph, matrix.shape
         scales = matrix.scales.astype(np.float32).reshape(-1)
         weights = (
-            graph.weight(f"{name}.numbers", matrix.numbers),
-            graph.weight(f"{name}.scales", scales),
+            graph.packed_weight(f"{name}.numbers", matrix.numbers),
+            graph.packed_weight(f"{name}.scales", scales),
         )
         return graph.node(
             "MatMulNBits",

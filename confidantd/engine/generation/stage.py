@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -13,13 +15,16 @@ from numpy.typing import NDArray
 from confidantd.engine.backends.base import RUN_FAILURES, SessionSetting, first_line
 from confidantd.engine.backends.cpu import CpuBackend
 from confidantd.engine.generation.batch_cache import BatchCache, BatchCaches
-from confidantd.engine.generation.graph import cached_width, needs_positions, stage_graph
+from confidantd.engine.generation.graph import needs_positions, stage_graph
 from confidantd.engine.generation.weights import AnyReader, StageWeights
-from confidantd.engine.tensors import Floats, Reader
+from confidantd.engine.tensors import Array, Floats, Reader, forget_pages
 from confidantd.errors import WorkerError
+from confidantd.models.layout import cached_width
 from confidantd.models.rope import rope_frequencies
 from confidantd.models.spec import ModelSpec
 from confidantd.wire.stage import StageSpec
+
+FORGET_SECONDS = 0.02
 
 
 class GeneratingStage(Protocol):
@@ -59,10 +64,12 @@ class FusedStage:
     ) -> None:
         self._spec = spec
         graph = stage_graph(StageWeights(spec, read, read_adapter))
-        self._weights = graph.weights  # the session computes with this memory
-        self._session = CpuBackend().written_session(
-            graph.file(), graph.weights, SessionSetting(threads)
-        )
+        self._weights = graph.bound
+        with _packing(list(graph.packed.values())):
+            self._session = CpuBackend().written_session(
+                graph.file(), graph.packed, SessionSetting(threads)
+            )
+        self._packed_bytes = sum(array.nbytes for array in graph.packed.values())
         block = spec.model.block
         layers = spec.past_last_layer - spec.first_layer
         self._caches = BatchCaches(layers, block.kv_heads, cached_width(block))
@@ -75,7 +82,7 @@ class FusedStage:
         cache = self._caches.together(list(sequences))
         run = self._runs.get(cache)
         if run is None:
-            run = self._runs[cache] = _Run(self._spec, self._session)
+            run = self._runs[cache] = _Run(self._spec, self._session, self._weights)
         try:
             return run(cache, x)
         except RUN_FAILURES as failure:
@@ -95,20 +102,52 @@ class FusedStage:
     def resident_bytes(self) -> dict[str, int]:
         """As a `GeneratingStage`."""
         weights = sum(array.nbytes for array in self._weights.values())
-        return {"weights": weights, "cache": self._caches.bytes}
+        return {"weights": weights + self._packed_bytes, "cache": self._caches.bytes}
 
     def close(self) -> None:
         """Nothing runs beside it."""
 
 
+@contextlib.contextmanager
+def _packing(arrays: Sequence[Array]) -> Iterator[None]:
+    """While a session makes copies of these arrays in another order: what it has read of them
+    need not stay in memory.
+    """
+    over = threading.Event()
+
+    def forget() -> None:
+        while not over.wait(FORGET_SECONDS):
+            for array in arrays:
+                forget_pages(array)
+
+    thread = threading.Thread(target=forget, name="packing", daemon=True)
+    if arrays:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        if arrays:
+            thread.join()
+        for array in arrays:
+            forget_pages(array)
+
+
 class _Run:
     """Runs a stage's program on one cache, whose memory is bound to it as long as it stays."""
 
-    def __init__(self, spec: StageSpec, session: onnxruntime.InferenceSession) -> None:
+    def __init__(
+        self,
+        spec: StageSpec,
+        session: onnxruntime.InferenceSession,
+        weights: Mapping[str, Array],
+    ) -> None:
         self._spec, self._session = spec, session
         self._binding = session.io_binding()
         self._bound_version = -1
         self._kept: dict[str, NDArray[Any]] = {}  # what is bound must outlive the run
+        for name, array in weights.items():
+            self._bind(name, array)
 
     def __call__(self, cache: BatchCache, x: NDArray[Any]) -> Floats:
         """Once; the cache is longer afterwards."""

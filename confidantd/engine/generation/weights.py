@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from confidantd.engine.quantised import Quantised
-from confidantd.engine.tensors import Array, Floats, Reader, stored
+from confidantd.engine.tensors import Array, Floats, Reader, floats, stored
 from confidantd.errors import ModelError
 from confidantd.models.adapter import adapter_sources
 from confidantd.models.families import family_of
@@ -46,15 +46,16 @@ class StageWeights:
         self.spec = spec
         self._read, self._read_adapter = read, read_adapter
         self._output_major = family_of(spec.model.family).output_major
+        self._shared: Floats | None = None  # a table that is both ends
 
     def table(self, name: str) -> tuple[str, Array]:
         """A table of the embedding by its parameter's name, float16 if it is stored so."""
         source = _by_parameter(embedding_sources(self.spec.model))[name]
         array = stored(source, self._read)
-        both = self.spec.model.tied and self.spec.head and name == "embedding.weight"
-        if array.dtype == np.float16 and not both:
-            return source.name, array
-        return source.name, _floats(source, self._read)
+        if self.spec.model.tied and self.spec.head and name == "embedding.weight":
+            self._shared = floats(array)
+            return source.name, self._shared
+        return source.name, array if array.dtype == np.float16 else floats(array)
 
     def norm(self, layer: int | None, name: str) -> list[tuple[str, Floats]]:
         """Scale, and offset if there is one; `layer` None for the head's."""
@@ -76,16 +77,19 @@ class StageWeights:
     def head(self) -> Matrix:
         """The LM head [V, D]; with tied weights the embedding's table."""
         source = _by_parameter(head_sources(self.spec.model))["head.weight"]
+        if self._shared is not None:
+            return Matrix(source.name, self._shared)
         return self._matrix(source, output_major=True)
 
     def _matrix(self, source: Source, output_major: bool) -> Matrix:
-        found = self._read(source.name)
+        found, shape = self._read(source.name), source.shape
+        if isinstance(found, Quantised) and not output_major:
+            shape = shape[::-1]
+        if found.shape != shape:
+            raise ModelError(f"{source.name} has shape {found.shape}, expected {shape}")
         if isinstance(found, Quantised):
-            shape = source.shape if output_major else source.shape[::-1]
-            if found.shape != shape:
-                raise ModelError(f"{source.name} has shape {found.shape}, expected {shape}")
             return Matrix(source.name, found)
-        return Matrix(source.name, _floats(source, self._read), output_major)
+        return Matrix(source.name, floats(found), output_major)
 
     def factors(self, layer: int, name: str) -> Factors | None:
         """The adapter of a linear module."""
@@ -103,7 +107,7 @@ class StageWeights:
 
 
 def _floats(source: Source, read: AnyReader) -> Floats:
-    return np.require(stored(source, read), np.float32, ("C", "ALIGNED"))
+    return floats(stored(source, read))
 
 
 def _by_parameter(sources: tuple[Source, ...]) -> dict[str, Source]:

@@ -40,8 +40,9 @@ class SequenceCache:
         if length > self.capacity:
             rows, heads, capacity, size = self._shape
             self._shape = (rows, heads, max(length, capacity + capacity // 4), size)
-            self._keys = [self._grown(buffer) for buffer in self._keys]
-            self._values = [self._grown(buffer) for buffer in self._values]
+            for buffers in (self._keys, self._values):
+                for layer, buffer in enumerate(buffers):  # one at a time is there twice
+                    buffers[layer] = self._grown(buffer)
 
     def _grown(self, buffer: Floats) -> Floats:
         grown = np.zeros(self._shape, np.float32)
