@@ -15,6 +15,7 @@ OPENVINO := $(shell test "$$(uname -sm)" = "Linux x86_64" && \
   ! grep -q GenuineIntel /proc/cpuinfo && echo .openvino)
 OPENVINO_READY := $(if $(OPENVINO),$(OPENVINO)/.ready)
 MAKEFLAGS += --jobs=3
+QUIETLY := --quiet --progress-bar off --no-compile  # modules are compiled when they are imported
 # Tests run side by side, those of whole devices two files at a time, the longest first; but those
 # that measure how fast something is run alone.
 SIDE_BY_SIDE := -n logical --maxprocesses 4
@@ -63,26 +64,26 @@ $(READY): pyproject.toml plugins/openvino/pyproject.toml
 	  exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	@echo "installing into $(VENV): a few minutes the first time"
-	@$(BIN)/pip install --quiet --progress-bar off -e ".[compiler,test]"
-	@$(BIN)/pip install --quiet --progress-bar off --no-deps -e plugins/openvino
+	@$(BIN)/pip install $(QUIETLY) -e ".[compiler,test]"
+	@$(BIN)/pip install $(QUIETLY) --no-deps -e plugins/openvino
 	@touch $@
 
 $(WEBGPU)/.ready: plugins/webgpu/pyproject.toml | $(READY)
 	@test -x $(WEBGPU)/bin/pip || $(PYTHON) -m venv --clear $(WEBGPU)
 	@echo "installing into $(WEBGPU): for the tests on WebGPU"
-	@$(WEBGPU)/bin/pip install --quiet --progress-bar off onnxruntime-webgpu numpy || \
+	@$(WEBGPU)/bin/pip install $(QUIETLY) onnxruntime-webgpu numpy || \
 	  echo "make: no onnxruntime-webgpu for this machine: tests that need it are skipped" >&2
-	@$(WEBGPU)/bin/pip install --quiet --progress-bar off --no-deps -e plugins/webgpu
+	@$(WEBGPU)/bin/pip install $(QUIETLY) --no-deps -e plugins/webgpu
 	@touch $@
 
 $(OPENVINO)/.ready: Makefile | $(READY)
 	@echo "installing into $(OPENVINO): for the tests on OpenVINO"
-	@$(BIN)/pip install --quiet --progress-bar off --no-deps --upgrade --target $(OPENVINO) \
+	@$(BIN)/pip install $(QUIETLY) --no-deps --upgrade --target $(OPENVINO) \
 	  "onnxruntime-openvino~=1.24.1"
 	@touch $@
 
 $(CHECKERS): $(READY)
-	@$(BIN)/pip install --quiet --progress-bar off -e ".[compiler,test,dev]"
+	@$(BIN)/pip install $(QUIETLY) -e ".[compiler,test,dev]"
 	@touch $@
 
 clean:

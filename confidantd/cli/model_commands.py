@@ -155,6 +155,7 @@ def train(detach: bool, wait: bool, **given: Any) -> None:
 @common
 def generate(**given: Any) -> None:
     """Continue a prompt with MODEL; the text streams as it comes."""
+    given["stop"] = given["stop"] or None
     from confidantd.cli.generating import run_generation
 
     request, as_json = _request(given), json_wanted()

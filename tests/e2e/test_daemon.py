@@ -91,7 +91,8 @@ def test_generation_with_an_adapter(devices: list[Device], small: Small, tmp_pat
     events = devices[0].events(
         "train", str(small.folder), "--data", str(TEXT), "--output", str(adapter),
         "--method", "lora", "--rank", "4", "--steps", "5", "--batch-size", "4",
-        "--sequence-length", "32", "--learning-rate", "1e-2", "--devices", "anna,ben",
+        "--microbatches", "2", "--sequence-length", "64", "--learning-rate", "1e-2",
+        "--devices", "anna,ben",
     )  # fmt: skip
     assert events[-1]["event"] == "done", events[-1]
     model = reference.with_adapter(reference.load(small.folder), adapter)

@@ -37,8 +37,8 @@ def start(owner: Device, small: Small, output: Path, steps: str = ENDLESS) -> st
     """Start a detached job over both devices; its id."""
     answer = owner.json(
         "train", str(small.folder), "--data", str(TEXT), "--output", str(output),
-        "--steps", steps, "--batch-size", "4", "--sequence-length", "32", "--detach",
-        "--devices", "anna,ben",
+        "--steps", steps, "--batch-size", "4", "--microbatches", "2",
+        "--sequence-length", "64", "--detach", "--devices", "anna,ben",
     )  # fmt: skip
     return str(answer["job"])
 
@@ -170,13 +170,13 @@ def test_records_data_and_evaluation(devices: list[Device], small: Small, tmp_pa
     lent = {path.name for blobs in stores for path in blobs.iterdir()}  # programs of other tests
     events = devices[0].events(
         "train", str(small.folder), "--data", str(records), "--output", str(tmp_path / "out"),
-        "--epochs", "1", "--batch-size", "4", "--sequence-length", "32", "--eval-data", str(TEXT),
-        "--eval-every", "5", "--learning-rate", "1e-3", "--seed", "3",
+        "--epochs", "1", "--batch-size", "4", "--microbatches", "2", "--sequence-length", "64",
+        "--eval-data", str(TEXT), "--eval-every", "5", "--learning-rate", "1e-3", "--seed", "3",
     )  # fmt: skip
     assert events[-1]["event"] == "done", events[-1]
     steps = [event["step"] for event in events if event["event"] == "step"]
     tokens = len("\0".join(lines))
-    assert len(steps) == tokens // 32 // 4
+    assert len(steps) == tokens // 64 // 4
     evaluated = [event["step"] for event in events if event["event"] == "eval"]
     assert evaluated == [0, *range(5, len(steps), 5), len(steps)]
     losses = [event["loss"] for event in events if event["event"] == "eval"]

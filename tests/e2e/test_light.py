@@ -63,13 +63,14 @@ def test_workers_without_torch(tmp_path: Path) -> None:
         events = devices[1].events(
             "train", str(small.folder), "--data", str(small.text), "--output",
             str(tmp_path / "out"), "--steps", "3", "--batch-size", "4", "--no-shuffle",
-            "--sequence-length", "32", "--warmup-steps", "0", "--devices", "phone,board",
+            "--microbatches", "2", "--sequence-length", "64", "--warmup-steps", "0",
+            "--devices", "phone,board",
         )  # fmt: skip
         assert events[-1]["event"] == "done", events[-1]
         losses = [event["loss"] for event in events if event["event"] == "step"]
         run = reference.train(
             reference.load(small.folder),
-            reference.blocks_of(small.folder, [small.text], 32),
+            reference.blocks_of(small.folder, [small.text], 64),
             steps=3, batch_size=4, learning_rate=2e-5,
         )  # fmt: skip
         assert losses == pytest.approx(run.losses, rel=1e-4)

@@ -42,7 +42,7 @@ def command(owner: Device, small: Small, output: Path, *options: str) -> list[st
     """Training over all three devices."""
     return owner.cli_command(
         "train", str(small.folder), "--data", str(small.text), "--output", str(output),
-        "--steps", str(STEPS), "--batch-size", str(BATCH), "--microbatches", "2",
+        "--steps", str(STEPS), "--batch-size", str(BATCH), "--microbatches", "4",
         "--sequence-length", str(small.length), "--learning-rate", str(RATE),
         "--warmup-steps", "2", "--no-shuffle", "--devices", "anna,ben,cleo",
         "--owner-ends", "never", "--json", *options,

@@ -98,7 +98,7 @@ def train(owner: Device, small: Small, model: Path, output: Path) -> list[dict[s
     """The events of three steps over two devices."""
     return owner.events(
         "train", str(model), "--data", str(small.text), "--output", str(output), "--steps", "3",
-        "--batch-size", "8", "--microbatches", "2", "--sequence-length", str(small.length),
+        "--batch-size", "8", "--microbatches", "4", "--sequence-length", str(small.length),
         "--devices", "anna,ben", "--owner-ends", "always",
     )  # fmt: skip
 
@@ -208,7 +208,7 @@ def test_a_job_that_was_done_but_for_its_last_word(tmp_path: Path, small: Small)
         output = tmp_path / "out"
         events = owner.events(
             "train", str(small.folder), "--data", str(small.text), "--output", str(output),
-            "--steps", "3", "--batch-size", "8", "--microbatches", "2",
+            "--steps", "3", "--batch-size", "8", "--microbatches", "4",
             "--sequence-length", str(small.length),
         )  # fmt: skip
         done = events[-1]

@@ -131,8 +131,8 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
             intruder = join_from(lan.hosts[MALLORY], folder / "intruder", anna)
             job = anna.json(
                 "train", str(small.folder), "--data", str(TEXT), "--output", str(folder / "out"),
-                "--steps", "100000", "--batch-size", "4", "--sequence-length", "32", "--detach",
-                "--devices", "anna,ben",
+                "--steps", "100000", "--batch-size", "4", "--microbatches", "2",
+                "--sequence-length", "64", "--detach", "--devices", "anna,ben",
             )["job"]  # fmt: skip
             wait_for_steps(anna, job)
             port = int(shown["address"].rpartition(":")[2])

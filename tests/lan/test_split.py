@@ -63,7 +63,7 @@ def test_the_job_goes_on_on_the_side_of_its_owner(
     others = {device.name for device in devices if device not in lost}
     command = owner.cli_command(
         "train", str(small.folder), "--data", str(small.text), "--output", str(tmp_path / "out"),
-        "--steps", str(STEPS), "--batch-size", "8", "--microbatches", "2", "--sequence-length",
+        "--steps", str(STEPS), "--batch-size", "8", "--microbatches", "4", "--sequence-length",
         str(small.length), "--learning-rate", "1e-3", "--warmup-steps", "2", "--no-shuffle",
         "--devices", ",".join(NAMES), "--layers", "2,2,2,2", "--json",
     )  # fmt: skip
