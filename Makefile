@@ -15,7 +15,8 @@ OPENVINO := $(shell test "$$(uname -sm)" = "Linux x86_64" && \
   ! grep -q GenuineIntel /proc/cpuinfo && echo .openvino)
 OPENVINO_READY := $(if $(OPENVINO),$(OPENVINO)/.ready)
 MAKEFLAGS += --jobs=3
-QUIETLY := --quiet --progress-bar off --no-compile  # modules are compiled when they are imported
+QUIETLY := --quiet --progress-bar off
+FEW := --no-compile  # of a large environment only few modules are imported
 # Tests run side by side, those of whole devices two files at a time, the longest first; but those
 # that measure how fast something is run alone.
 SIDE_BY_SIDE := -n logical --maxprocesses 4
@@ -33,7 +34,8 @@ test: $(READY) $(WEBGPU_READY) $(OPENVINO_READY)
 	@programs=$$(mktemp -d) && trap 'rm -rf "$$programs"' EXIT && \
 	  export CONFIDANT_TEST_PROGRAMS="$$programs" && \
 	  $(if $(OPENVINO),PYTHONPATH="$(CURDIR)/$(OPENVINO)" \
-	  $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -k openvino && \
+	  $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -k openvino \
+	  $$(grep -rl openvino tests --include='test_*.py') && \
 	  export CONFIDANT_REQUIRE_OPENVINO=0 &&) \
 	  $(BIN)/python -m pytest -q $(BY_FILE) -m "not alone" $(PYTEST_OPTIONS) $(DEVICES) && \
 	  $(BIN)/python -m pytest -q -m alone $(PYTEST_OPTIONS) tests/e2e && \
@@ -71,19 +73,19 @@ $(READY): pyproject.toml plugins/openvino/pyproject.toml
 $(WEBGPU)/.ready: plugins/webgpu/pyproject.toml | $(READY)
 	@test -x $(WEBGPU)/bin/pip || $(PYTHON) -m venv --clear $(WEBGPU)
 	@echo "installing into $(WEBGPU): for the tests on WebGPU"
-	@$(WEBGPU)/bin/pip install $(QUIETLY) onnxruntime-webgpu numpy || \
+	@$(WEBGPU)/bin/pip install $(QUIETLY) $(FEW) onnxruntime-webgpu numpy || \
 	  echo "make: no onnxruntime-webgpu for this machine: tests that need it are skipped" >&2
-	@$(WEBGPU)/bin/pip install $(QUIETLY) --no-deps -e plugins/webgpu
+	@$(WEBGPU)/bin/pip install $(QUIETLY) $(FEW) --no-deps -e plugins/webgpu
 	@touch $@
 
 $(OPENVINO)/.ready: Makefile | $(READY)
 	@echo "installing into $(OPENVINO): for the tests on OpenVINO"
-	@$(BIN)/pip install $(QUIETLY) --no-deps --upgrade --target $(OPENVINO) \
+	@$(BIN)/pip install $(QUIETLY) $(FEW) --no-deps --upgrade --target $(OPENVINO) \
 	  "onnxruntime-openvino~=1.24.1"
 	@touch $@
 
 $(CHECKERS): $(READY)
-	@$(BIN)/pip install $(QUIETLY) -e ".[compiler,test,dev]"
+	@$(BIN)/pip install $(QUIETLY) $(FEW) -e ".[compiler,test,dev]"
 	@touch $@
 
 clean:

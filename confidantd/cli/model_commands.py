@@ -146,6 +146,11 @@ def train(detach: bool, wait: bool, **given: Any) -> None:
     "--repetition-penalty", metavar="X", type=positive, help="Over 1: less of what was there."
 )
 @click.option("--seed", metavar="N", type=WHOLE, help="Of the sampling. [default: 0]")
+@click.option(
+    "--speculation",
+    type=click.Choice(["auto", "off"]),
+    help="Guess tokens ahead where that is faster; it changes no token. [default: auto]",
+)
 @click.option("--stop", metavar="TEXT", multiple=True, help="End before this text; repeatable.")
 @click.option(
     "--logprobs", metavar="N", type=WHOLE, help="Tell probabilities, of N likeliest tokens too."

@@ -93,6 +93,7 @@ class GenerateJob:
                     sampling=options.sampling,
                     end_tokens=spec.end_tokens,
                     chosen=len(tokens),
+                    speculates=options.speculation != "off",
                 ),
             )
 
@@ -112,6 +113,7 @@ class _Stream:
         self.tokens: list[int] = []
         self._pieces: list[str] = []
         self._logprobs: list[dict[str, Any]] = []
+        self._guessed = 0
         self.finished = ""
 
     async def take(self, event: Token) -> None:
@@ -119,6 +121,7 @@ class _Stream:
         if not self.tokens:
             self._first = time.monotonic()
         self.tokens.append(event.token)
+        self._guessed += event.guessed
         piece = await self._text.push(event.token)
         if event.finished:
             piece += await self._text.flush()
@@ -148,6 +151,7 @@ class _Stream:
             "completion_tokens": len(self.tokens),
             "time_to_first_token_ms": round(1000 * (self._first - self._started), 2),
             "tokens_per_second": round(rest / seconds, 2) if rest and seconds > 0 else 0.0,
+            "guessed_tokens": self._guessed,
             "finish_reason": self.finished,
             "stages": _stages(launched),
             **({"logprobs": self._logprobs} if self._tells_logprobs else {}),

@@ -131,6 +131,7 @@ class GenerateOptions:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     seed: int = 0
+    speculation: str = "auto"
     quantise: str = "none"
     devices: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
@@ -139,6 +140,7 @@ class GenerateOptions:
         """Raise what is wrong with the options themselves."""
         _at_least("max_new_tokens", self.max_new_tokens, 1)
         self.sampling.check()
+        _one_of("--speculation", self.speculation, ("auto", "off"))
         if len(self.stop) > MOST_STOPS or max(map(len, self.stop), default=0) > MOST_STOP_LETTERS:
             raise UsageError(
                 f"--stop takes up to {MOST_STOPS} texts of up to {MOST_STOP_LETTERS} letters"

@@ -32,12 +32,16 @@ class FrameKind(enum.Enum):
     SQUARE_SUM = "square-sum"  # partial squared gradient norm, towards stage 0
     SQUARE_TOTAL = "square-total"  # the whole squared norm, from stage 0 on
     HIDDEN = "hidden"  # generation, [1, T, D]
-    TOKEN = "token"  # noqa: S105 - generation, the chosen token, from the head to stage 0
+    TOKEN = "token"  # noqa: S105 - generation, the chosen tokens, from the head to stage 0
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Header of one frame. `step` is the sequence position in generation; `stage` the sender."""
+    """Header of one frame. `step` is the sequence in generation; `stage` the sender.
+
+    A hidden state in generation begins at position `past` of its sequence, and its last tokens
+    are a `guess`.
+    """
 
     job: JobId
     epoch: int
@@ -47,6 +51,8 @@ class Frame:
     microbatch: int
     dtype: str = "float32"
     shape: tuple[int, ...] = ()
+    past: int = 0
+    guess: tuple[int, ...] = ()
 
     @property
     def payload_bytes(self) -> int:

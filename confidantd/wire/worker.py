@@ -114,6 +114,7 @@ class Decode:
     sampling: Sampling
     end_tokens: tuple[int, ...]
     chosen: int = 0
+    speculates: bool = True  # guesses tokens ahead where that is faster
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +226,8 @@ class Evaluated:
 class Token:
     """One generated token; `finished` is empty, `stop` (an end token) or `length`.
 
-    `logprob` and the `likeliest` tokens with theirs, where they were asked for.
+    `logprob` and the `likeliest` tokens with theirs, where they were asked for. `guessed`: it was
+    foreseen, and took no pass of its own.
     """
 
     sequence: int
@@ -233,6 +235,7 @@ class Token:
     finished: str
     logprob: float = 0.0
     likeliest: tuple[tuple[int, float], ...] = ()
+    guessed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

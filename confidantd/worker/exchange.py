@@ -49,7 +49,15 @@ class Exchange:
                 self.busy_seconds += self.last[1] - started
 
     async def send(
-        self, stage: int, kind: FrameKind, step: int, microbatch: int, array: NDArray[Any]
+        self,
+        stage: int,
+        kind: FrameKind,
+        step: int,
+        microbatch: int,
+        array: NDArray[Any],
+        *,
+        past: int = 0,
+        guess: tuple[int, ...] = (),
     ) -> None:
         """Queue an array for another stage."""
         data = np.ascontiguousarray(array)
@@ -60,6 +68,8 @@ class Exchange:
             microbatch,
             data.reshape(-1).view(np.uint8).data,
             dtype=str(data.dtype),
+            past=past,
+            guess=guess,
             shape=array.shape,  # a scalar's: contiguous data has one dimension at least
         )
 

@@ -135,9 +135,12 @@ class Links:
         *,
         dtype: str = "float32",
         shape: tuple[int, ...] = (),
+        past: int = 0,
+        guess: tuple[int, ...] = (),
     ) -> None:
         """Queue one tensor for another stage; waits while that stage is too far behind."""
-        frame = Frame(self._job, self._epoch, kind, self._stage, step, microbatch, dtype, shape)
+        place = (self._job, self._epoch, kind, self._stage, step, microbatch)
+        frame = Frame(*place, dtype, shape, past, guess)
         link = self._links.get(stage)
         if link is None:
             raise PeerLostError(f"the link from stage {self._stage} to stage {stage} is gone")

@@ -196,7 +196,7 @@ class Decoder:
         x = ids
         for stage in self.stages:
             x = stage.forward(sequences, x)
-        return x
+        return x[:, -1]
 
     def greedy(self, prompt: Sequence[int], count: int, sequence: int = 0) -> list[int]:
         """`count` most likely tokens after a prompt."""

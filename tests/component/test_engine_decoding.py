@@ -154,6 +154,24 @@ def test_checkpoints_of_16_bits(tmp_path: Path, kind: str, dtype: torch.dtype) -
     assert ("lm_head.weight" in stage._weights) != model.spec.tied
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_of_several_positions(tmp_path: Path, kind: str) -> None:
+    """Of guesses behind a token, also after wrong ones were taken back."""
+    decode, ids = decoder(save_model(kind, tmp_path), 2), random_ids(8, 1, 20)
+    with torch.no_grad():
+        wanted = make_model(kind)(torch.tensor(ids)).logits.numpy()
+    first, last = decode.stages
+    for past, wrong in ((0, 0), (9, 0), (12, 3), (15, 5)):
+        if wrong:
+            last.forward([0], first.forward([0], ids[:, :wrong]), wrong)
+        for stage in decode.stages:
+            stage.truncate(0, past)
+        more = ids[:, past : past + 5] if past else ids[:, :9]
+        found = last.forward([0], first.forward([0], more), 4)
+        end = past + more.shape[1]
+        assert_close(found, wanted[:, end - 4 : end], f"{past}", 1e-5)
+
+
 class Batches:
     """Sequences that go on together."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -116,11 +115,11 @@ def perplexity(read: Callable[[str], Any], spec: StageSpec, blocks: Sequence[Any
     """Of the tokens after the first of each block."""
     stage, total, count = FusedStage(spec, read, None, 1), 0.0, 0
     for number, ids in enumerate(blocks):
-        for here, following in itertools.pairwise(ids):
-            logits = stage.forward([number], np.array([[here]]))[0].astype(np.float64)
-            total += math.log(np.exp(logits - logits.max()).sum()) + logits.max()
-            total -= float(logits[following])
-            count += 1
+        logits = stage.forward([number], np.array([ids]), len(ids))[0, :-1].astype(np.float64)
+        logits -= logits.max(-1, keepdims=True)
+        logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+        total -= float(logits[np.arange(len(ids) - 1), ids[1:]].sum())
+        count += len(ids) - 1
         stage.release(number)
     return math.exp(total / count)
 

@@ -113,6 +113,20 @@ def test_a_merged_adapter_is_split_too(tmp_path: Path) -> None:
         assert_same(found, decoder(model, 1, adapter))
 
 
+def test_logits_of_several_positions(model: ModelFolder) -> None:
+    """As the whole program gives them."""
+    ids = random_ids(4, 1, 9)
+    with split_decoder(model, [CpuBackend()] * 2, *_halves(model)) as (found, _):
+        (stage,), (whole,) = found.stages, decoder(model, 1).stages
+        assert_close(stage.forward([0], ids, 4), whole.forward([0], ids, 4), "rows", TOLERANCE)
+
+
+def _halves(model: ModelFolder) -> tuple[tuple[int, int], tuple[int, int]]:
+    block = model.spec.block
+    groups, columns = block.kv_heads // 2, block.columns // 2
+    return (block.kv_heads - groups, groups), (block.columns - columns, columns)
+
+
 def test_chunks_truncation_and_two_sequences(model: ModelFolder) -> None:
     """Prompts in pieces, past the first growth of the cache, two in turn, and one taken back."""
     block, ids = model.spec.block, [random_ids(seed, 70).tolist() for seed in (1, 2)]

@@ -144,6 +144,7 @@ def test_a_backend_that_fails_is_left_out(small: Small, tmp_path: Path, mode: st
     assert [share["name"] for share in events[-1]["stages"][0]["backends"]] == ["cpu"]
 
 
+@pytest.mark.alone  # the slow-down must stand out
 def test_a_backend_that_slows_down_gives_up_shares(small: Small, tmp_path: Path) -> None:
     """Four times slower in the middle of a job."""
     with two_devices(tmp_path, faulty_backend.NAME, mode="slow") as devices:

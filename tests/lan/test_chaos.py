@@ -14,8 +14,8 @@ from tests.lan.namespaces import Lan
 
 pytestmark = [pytest.mark.lan, pytest.mark.slow]
 
-SECONDS, SEED, STEPS, TOKENS = 180.0, 11, 150, 400
-MBIT = 3.0  # so that links are what takes time: other tests run beside it
+SECONDS, SEED, STEPS, TOKENS = 180.0, 11, 200, 1_200
+MBIT = 5.0  # so that links are what takes time: other tests run beside it
 MOST_GROWTH_BYTES, MOST_MORE_FILES = 5_000_000, 8
 
 

@@ -30,10 +30,10 @@ FORGET_SECONDS = 0.02
 class GeneratingStage(Protocol):
     """Blocks [first, past last) of a model, with embedding and head where it has them."""
 
-    def forward(self, sequences: Sequence[int], x: NDArray[Any]) -> Floats:
+    def forward(self, sequences: Sequence[int], x: NDArray[Any], rows: int = 1) -> Floats:
         """Ids [b, T] (embedding stage) or hidden states [b, T, D], a row for each of b sequences,
         that follow what the sequences have; T is 1 where b is not. Gives hidden states
-        [b, T, D], or on the head stage the logits [b, V] of the last position.
+        [b, T, D], or on the head stage the logits [b, rows, V] of the last positions.
         """
         ...
 
@@ -75,7 +75,7 @@ class FusedStage:
         self._caches = BatchCaches(layers, block.kv_heads, cached_width(block))
         self._runs = WeakKeyDictionary[BatchCache, _Run]()
 
-    def forward(self, sequences: Sequence[int], x: NDArray[Any]) -> Floats:
+    def forward(self, sequences: Sequence[int], x: NDArray[Any], rows: int = 1) -> Floats:
         """As a `GeneratingStage`."""
         for sequence in sequences:
             check_room(self._spec.model, self._caches.length(sequence) + x.shape[1])
@@ -84,7 +84,7 @@ class FusedStage:
         if run is None:
             run = self._runs[cache] = _Run(self._spec, self._session, self._weights)
         try:
-            return run(cache, x)
+            return run(cache, x, rows)
         except RUN_FAILURES as failure:
             reason = first_line(failure)
             if "allocate" in str(failure) or "bad_alloc" in str(failure):
@@ -149,7 +149,7 @@ class _Run:
         for name, array in weights.items():
             self._bind(name, array)
 
-    def __call__(self, cache: BatchCache, x: NDArray[Any]) -> Floats:
+    def __call__(self, cache: BatchCache, x: NDArray[Any], logits: int) -> Floats:
         """Once; the cache is longer afterwards."""
         spec, model = self._spec, self._spec.model
         rows, steps = x.shape[:2]
@@ -163,14 +163,14 @@ class _Run:
         if needs_positions(spec):
             self._bind("positions", lengths[:, None] + np.arange(-steps, 0))
         if spec.head:
-            self._bind("first_row", np.array([steps - 1]))
-        shape = (rows, 1, model.vocabulary) if spec.head else (rows, steps, model.block.hidden)
+            self._bind("first_row", np.array([steps - logits]))
+        shape = (rows, logits, model.vocabulary) if spec.head else (rows, steps, model.block.hidden)
         found = np.empty(shape, np.float32)
         name = "logits" if spec.head else "y"
         self._binding.bind_output(name, "cpu", 0, np.float32, shape, found.ctypes.data)
         self._session.run_with_iobinding(self._binding)
         cache.lengths = lengths.tolist()
-        return found[:, 0] if spec.head else found
+        return found
 
     def _bind(self, name: str, given: NDArray[Any] | np.generic) -> None:
         array = np.asarray(given)

@@ -84,12 +84,12 @@ class SplitStage:
         if self._team is not None:
             self._team.close()
 
-    def forward(self, sequences: Sequence[int], x: NDArray[Any]) -> Floats:
+    def forward(self, sequences: Sequence[int], x: NDArray[Any], rows: int = 1) -> Floats:
         """As a `GeneratingStage`; one sequence after the other."""
-        found = [self._row(s, x[i : i + 1]) for i, s in enumerate(sequences)]
+        found = [self._row(s, x[i : i + 1], rows) for i, s in enumerate(sequences)]
         return found[0] if len(found) == 1 else np.concatenate(found)
 
-    def _row(self, sequence: int, x: NDArray[Any]) -> Floats:
+    def _row(self, sequence: int, x: NDArray[Any], rows: int) -> Floats:
         """Of one sequence."""
         cache = self._sequences.get(sequence)
         if cache is None:
@@ -104,8 +104,10 @@ class SplitStage:
         cache.length = past + steps
         if not self._spec.head:
             return x
-        logits: Floats = self._programs["head_logits"].run({"x": x[:, -1:]}, self._head)["logits"]
-        return logits
+        program, steps = self._programs["head_logits"], x.shape[1]
+        places = range(steps - rows, steps)
+        found = [program.run({"x": x[:, i : i + 1]}, self._head)["logits"] for i in places]
+        return np.stack(found, axis=1)
 
     def truncate(self, sequence: int, length: int) -> None:
         """As a `GeneratingStage`."""

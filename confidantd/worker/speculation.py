@@ -1,0 +1,121 @@
+"""Guessing tokens ahead, so that one pass through the stages may yield several.
+
+What followed the last few tokens when they stood in the text before is tried next ("prompt
+lookup"). The stages compute the guesses behind the last token in one pass; the head chooses as
+ever, row after row, and goes on with the next row as long as what it chose is what was guessed.
+So nothing changes but the time, whatever way tokens are chosen.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Callable, Sequence
+
+LONGEST_MATCH, SHORTEST_MATCH = 4, 2  # tokens that must stand there again
+FEWEST, MOST = 2, 10  # guesses at a time
+WARM_PASSES = 4  # without guesses, before the first ones
+TRIES = 2  # at least, before it is judged
+PATIENCE, MOST_PATIENCE = 32, 512  # passes without guesses after they did not pay
+WINDOW = 8  # passes that are remembered
+GAIN = 1.03  # times faster, to go on
+
+
+class Lookup:
+    """The text so far, and where its short runs of tokens stood last."""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self._tokens: list[int] = []
+        self._after: dict[tuple[int, ...], int] = {}  # a run: where what follows it begins
+        self.add(tokens)
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """More text."""
+        for token in tokens:
+            end = len(self._tokens)
+            for length in range(SHORTEST_MATCH, min(LONGEST_MATCH, end) + 1):
+                self._after[tuple(self._tokens[end - length :])] = end
+            self._tokens.append(token)
+
+    def guess(self, most: int) -> list[int]:
+        """Up to `most` tokens that followed the longest run that the text ends with."""
+        for length in range(min(LONGEST_MATCH, len(self._tokens)), SHORTEST_MATCH - 1, -1):
+            begin = self._after.get(tuple(self._tokens[-length:]))
+            if begin is not None:
+                return self._tokens[begin : begin + most]
+        return []
+
+
+class Pace:
+    """Whether guesses pay: what passes took with them and without, and what they yielded."""
+
+    def __init__(self) -> None:
+        self._plain: deque[float] = deque(maxlen=WINDOW)
+        self._guessing: deque[float] = deque(maxlen=WINDOW)
+        self._gained: deque[int] = deque(maxlen=WINDOW)
+        self._passes = self._tries = self._wait = 0
+        self._patience = PATIENCE
+        self._length = (FEWEST + MOST) // 2
+
+    def most(self) -> int:
+        """How many guesses the next pass shall have at most."""
+        return 0 if self._wait or self._passes < WARM_PASSES else self._length
+
+    def passed(self, guessed: int, gained: int, seconds: float) -> None:
+        """A pass with so many guesses gave so many tokens."""
+        if not guessed:
+            self._passes += 1
+            self._plain.append(seconds)
+            self._wait = max(0, self._wait - 1)
+            return
+        self._guessing.append(seconds)
+        self._gained.append(gained)
+        self._tries += 1
+        if gained > guessed:
+            self._length = min(MOST, self._length + 2)
+        elif gained == 1:
+            self._length = max(FEWEST, self._length - 2)
+        if self._tries >= TRIES and not self._pays():
+            self._wait, self._tries = self._patience, 0
+            self._patience = min(MOST_PATIENCE, 2 * self._patience)
+            self._guessing.clear()
+            self._gained.clear()
+        elif self._tries >= WINDOW:
+            self._patience = PATIENCE
+
+    def _pays(self) -> bool:
+        tokens = statistics.mean(self._gained)
+        return tokens * statistics.median(self._plain) > GAIN * statistics.median(self._guessing)
+
+
+class Feed:
+    """What stage 0 feeds into the pipeline for one sequence after its prompt."""
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        most_tokens: int,
+        *,
+        guesses: bool,
+        clock: Callable[[], float],
+    ) -> None:
+        self._lookup = Lookup(prompt)
+        self._pace = Pace() if guesses else None
+        self._past, self._left = len(prompt), most_tokens
+        self._guess: list[int] = []
+        self._clock = clock
+        self._sent: float | None = None  # None: the prompt was
+
+    def next(self, tokens: Sequence[int]) -> tuple[list[int], int]:
+        """After these were chosen: the last of them with guesses behind it, and its position."""
+        now = self._clock()
+        self._left -= len(tokens)
+        self._lookup.add(tokens)
+        if self._sent is not None:
+            self._past += len(tokens)
+            if self._pace is not None:
+                self._pace.passed(len(self._guess), len(tokens), now - self._sent)
+        most = 0 if self._pace is None else min(self._pace.most(), self._left - 1)
+        self._guess = self._lookup.guess(most) if most > 0 else []
+        self._sent = now
+        return [tokens[-1], *self._guess], self._past
