@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,24 +46,47 @@ def small_disk(folder: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def fill(folder: Path) -> Path:
-    """A file that leaves no room on the disk of the folder."""
-    filler = folder / "filler"
-    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while file.write(bytes(65_536)):
-            pass
-    assert shutil.disk_usage(folder).free == 0
-    return filler
+class Filler:
+    """Leaves no room on the disk of a folder, whatever others take back, until it is removed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "filler"
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._keep_full)
+
+    def start(self) -> None:
+        """Full when this returns."""
+        self._fill()
+        assert shutil.disk_usage(self._file.parent).free == 0
+        self._thread.start()
+
+    def remove(self) -> None:
+        """There is room again."""
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._file.unlink(missing_ok=True)
+
+    def _keep_full(self) -> None:
+        while not self._over.wait(0.005):
+            self._fill()
+
+    def _fill(self) -> None:
+        with self._file.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(bytes(65_536)):
+                pass
 
 
 def test_a_full_disk_costs_no_committed_step(tmp_path: Path, small: Small) -> None:
     """The owner's fills up while the job runs; with room again it is resumed."""
-    with small_disk(tmp_path / "swarm" / "anna") as home:
+    with small_disk(tmp_path / "swarm" / "anna") as home, contextlib.ExitStack() as last:
+        filler = Filler(home)
+        last.callback(filler.remove)
         devices = [Device(tmp_path / "swarm" / name, name) for name in ("anna", "ben", "cleo")]
         with running(devices):
             owner = devices[0]
             output = tmp_path / "out"
-            events = disturbed(devices, small, output, lambda _: fill(home))
+            events = disturbed(devices, small, output, lambda _: filler.start())
             notices = [e["message"] for e in events if e.get("code") == "no-checkpoint"]
             assert notices
             assert all("the disk is full" in notice for notice in notices), notices
@@ -76,7 +100,7 @@ def test_a_full_disk_costs_no_committed_step(tmp_path: Path, small: Small) -> No
             assert committed > 0
             assert not output.exists()
             wait_for_no_workers(*devices)
-            (home / "filler").unlink()
+            filler.remove()
             assert owner.json("jobs", "resume", job) == {"job": job}
             more = owner.events("jobs", "watch", job)
             assert replans(more)[-1]["resumed_from_step"] == committed
