@@ -102,8 +102,9 @@ def make_light_environment(folder: Path) -> str:
     venv.create(folder, with_pip=False)
     python = str(folder / "bin" / "python")
     root = Path(__file__).resolve().parents[2]
+    pip = (sys.executable, "-m", "pip", "--python", python)
     subprocess.run(
-        [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", str(root)],
+        [*pip, "install", "--quiet", "--no-compile", str(root)],
         check=True,
         env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
     )

@@ -210,7 +210,7 @@ def told(
     return asyncio.run(run())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     stages=st.integers(1, 3),
     prompt=st.lists(st.integers(0, 9), min_size=1, max_size=12),
