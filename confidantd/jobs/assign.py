@@ -92,6 +92,7 @@ def assignments(
                     material.adapter[n] for n in adapter if n in material.adapter and n not in state
                 ),
                 cpu_only=stage.cpu_only,
+                rows=max(1, workload.load),
                 steps_done=steps_done,
                 state=tuple(state[n] for n in trained if n in state),
             )

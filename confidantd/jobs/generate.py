@@ -17,7 +17,7 @@ from confidantd.jobs.setup import generate_workload
 from confidantd.jobs.stopping import StopTexts
 from confidantd.models.spec import ModelSpec
 from confidantd.wire.stage import OptimizerSpec
-from confidantd.wire.worker import Decode, Token
+from confidantd.wire.worker import Decode, Token, Tokens
 
 SEQUENCE = 0  # one sequence a job
 
@@ -38,7 +38,7 @@ class GenerateJob:
         log = self._services.home / "logs" / "text.log"
         text = await TextProcess.start(folder, log)
         try:
-            prompt = await text.encode(options.prompt)
+            prompt = await text.begin(SEQUENCE, options.prompt)
             workload = await asyncio.to_thread(generate_workload, options, len(prompt))
             check_prompt(prompt, workload.spec)
             plans = JobPlans(
@@ -69,8 +69,8 @@ class GenerateJob:
                 await self._start(launched, spec, prompt, stream.tokens)
                 while not stream.finished:
                     _, event = await launched.pipeline.next_event()
-                    if isinstance(event, Token):
-                        await stream.take(event)
+                    for token in event.tokens if isinstance(event, Tokens) else ():
+                        await stream.take(token)
             except ConfidantError as failure:
                 cause, done = await recovery.cause(launched, failure), len(stream.tokens)
                 launched = await recovery.recover(launched, cause, done, None, goes_on_at=done)
@@ -117,14 +117,18 @@ class _Stream:
         self.finished = ""
 
     async def take(self, event: Token) -> None:
-        """One more token; emits it with the text it completes."""
+        """One more token; emits it with the text it completes. What comes after a stop text is
+        nobody's.
+        """
+        if self.finished:
+            return
         if not self.tokens:
             self._first = time.monotonic()
         self.tokens.append(event.token)
         self._guessed += event.guessed
-        piece = await self._text.push(event.token)
+        (piece,) = await self._text.push([(SEQUENCE, event.token)])
         if event.finished:
-            piece += await self._text.flush()
+            piece += await self._text.end(SEQUENCE)
             self.finished = event.finished
         piece, stopped = self._stops.push(piece)
         if stopped:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +17,37 @@ ANSWER_SECONDS = 60.0  # reading a 128k vocabulary takes a phone some seconds
 MAX_LINE_BYTES = 16 * 1024 * 1024
 
 
+@dataclass(frozen=True, slots=True)
+class Messages:
+    """Of a chat, each with its role and its content."""
+
+    messages: tuple[Mapping[str, str], ...]
+
+
+Prompt = str | Sequence[int] | Messages
+
+
 class TextProcess:
-    """Encodes a prompt and decodes a stream of tokens; `close` ends the subprocess."""
+    """Encodes prompts and decodes streams of tokens; `close` ends the subprocess. Each text has a
+    number.
+    """
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
+        self._one_at_a_time = asyncio.Lock()
 
     @classmethod
-    async def start(cls, model: Path, log: Path) -> TextProcess:
-        """Start the subprocess for the tokenizer in a model folder."""
+    async def start(cls, model: Path, log: Path, template: str | None = None) -> TextProcess:
+        """Start the subprocess for the tokenizer in a model folder; `template` is a file with
+        another chat template than the model's.
+        """
+        arguments = [str(model), *([template] if template is not None else [])]
         with await asyncio.to_thread(open_log, log) as errors:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
                 "confidantd.jobs.text",
-                str(model),
+                *arguments,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=errors,
@@ -37,17 +55,24 @@ class TextProcess:
             )
         return cls(process)
 
-    async def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with the tokenizer's special tokens."""
-        return [int(token) for token in (await self._ask({"encode": text}))["ids"]]
+    async def begin(self, number: int, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt; a text with the tokenizer's special tokens."""
+        match prompt:
+            case str():
+                given: dict[str, Any] = {"text": prompt}
+            case Messages():
+                given = {"messages": prompt.messages}
+            case _:
+                given = {"ids": prompt}
+        return [int(token) for token in (await self._ask({"begin": number, **given}))["ids"]]
 
-    async def push(self, token: int) -> str:
-        """The text that one more token completes; may be empty."""
-        return str((await self._ask({"push": token}))["text"])
+    async def push(self, tokens: Sequence[tuple[int, int]]) -> list[str]:
+        """The text that one more token completes, for numbers and tokens; may be empty."""
+        return [str(text) for text in (await self._ask({"push": tokens}))["texts"]]
 
-    async def flush(self) -> str:
-        """The rest of the text."""
-        return str((await self._ask({"flush": True}))["text"])
+    async def end(self, number: int) -> str:
+        """The rest of a text."""
+        return str((await self._ask({"end": number}))["text"])
 
     async def close(self) -> None:
         """End the subprocess."""
@@ -56,16 +81,27 @@ class TextProcess:
         await self._process.wait()
 
     async def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(question).encode() + b"\n")
+        """Who asks and is cancelled waits for the answer: the next one gets its own."""
+        asking = asyncio.ensure_future(self._ask_in_turn(question))
         try:
-            async with asyncio.timeout(ANSWER_SECONDS):
-                await self._process.stdin.drain()
-                line = await self._process.stdout.readline()
-            answer: dict[str, Any] = json.loads(line)
-        except (TimeoutError, ConnectionError, ValueError):
-            raise ModelError("the tokenizer of the model does not answer") from None
+            answer = await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            asking.add_done_callback(lambda done: done.cancelled() or done.exception())
+            raise
         if "error" in answer:
             raise from_wire(answer["error"])
+        return answer
+
+    async def _ask_in_turn(self, question: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        async with self._one_at_a_time:
+            try:
+                self._process.stdin.write(json.dumps(question).encode() + b"\n")
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    await self._process.stdin.drain()
+                    line = await self._process.stdout.readline()
+                answer: dict[str, Any] = json.loads(line)
+            except (TimeoutError, ConnectionError, ValueError):
+                raise ModelError("the tokenizer of the model does not answer") from None
         return answer

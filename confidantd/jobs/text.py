@@ -1,8 +1,10 @@
-"""`python -m confidantd.jobs.text FOLDER`: a tokenizer that answers JSON lines.
+"""`python -m confidantd.jobs.text FOLDER [TEMPLATE]`: a tokenizer that answers JSON lines.
 
-`{"encode": text}` -> `{"ids": [...]}` (with special tokens), `{"push": id}` ->
-`{"text": what this token completes}`, `{"flush": true}` -> `{"text": the rest}`;
-what fails is answered with `{"error": {...}}`.
+A prompt begins a text, which has a number: `{"begin": number, "text": prompt}` (with special
+tokens), `{"begin": number, "ids": [...]}` or `{"begin": number, "messages": [...]}` (by the
+model's chat template, or that in the file TEMPLATE) -> `{"ids": [...]}`. `{"push": [[number, id],
+...]}` -> `{"texts": what each token completes}`; `{"end": number}` -> `{"text": the rest}`. What
+fails is answered with `{"error": {...}}`.
 """
 
 from __future__ import annotations
@@ -15,18 +17,21 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from confidantd.confinement import confine
-from confidantd.errors import ConfidantError, DataError, ProtocolError
+from confidantd.errors import ConfidantError, DataError, ModelError, ProtocolError
+from confidantd.jobs.chat_template import read_template
 from confidantd.jobs.documents import is_unicode
 from confidantd.jobs.tokenizer import load_tokenizer
 
 UNFINISHED = "\ufffd"  # what an incomplete character decodes to
+MOST_WINDOW, LEAST_WINDOW = 96, 32  # tokens that are decoded again for each one
 
 
 class StreamDecoder:
     """Text of a token stream, given out as its characters become complete.
 
     The pieces together are the decoding of prompt and new tokens less that of the
-    prompt, special tokens skipped: a tokenizer may join a token with those before it.
+    prompt, special tokens skipped: a tokenizer may join a token with those before it, so some of
+    them are decoded with it.
     Where bytes are tokens (SentencePiece), a run of them is one unit to the tokenizer, all
     of it valid or none, so its text waits for the run's end.
     """
@@ -35,7 +40,8 @@ class StreamDecoder:
         self._tokenizer = tokenizer
         self._byte_tokens = byte_tokens(tokenizer)
         self._ids = list(prompt)
-        self._shown = len(self._decode())
+        self._shown = 0
+        self._forget()
 
     def push(self, token: int) -> str:
         """The text that one more token completes."""
@@ -45,11 +51,29 @@ class StreamDecoder:
         text = self._decode()
         if text.endswith(UNFINISHED):
             return ""
-        return self._show(text)
+        found = self._show(text)
+        if len(self._ids) > MOST_WINDOW:
+            self._forget()
+        return found
 
     def flush(self) -> str:
         """What is left at the end, complete or not."""
         return self._show(self._decode())
+
+    def _forget(self) -> None:
+        """All but the last tokens, from the beginning of a character on."""
+        start = max(0, len(self._ids) - LEAST_WINDOW)
+        while start > 0 and self._splits(start):
+            start -= 1
+        self._ids = self._ids[start:]
+        self._shown = len(self._decode())
+
+    def _splits(self, start: int) -> bool:
+        """Whether a window from there on would begin within a character, or a run of bytes."""
+        if self._ids[start - 1] in self._byte_tokens:
+            return True
+        before = self._tokenizer.decode(self._ids[max(0, start - 8) : start])
+        return str(before).endswith(UNFINISHED)
 
     def _show(self, text: str) -> str:
         new, self._shown = text[self._shown :], max(self._shown, len(text))
@@ -69,27 +93,52 @@ def byte_tokens(tokenizer: Tokenizer) -> frozenset[int]:
 
 
 class TextServer:
-    """Answers the questions of one generation."""
+    """Answers the questions of one job."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, template: Path | None = None) -> None:
         self._tokenizer = load_tokenizer(folder)
-        self._decoder = StreamDecoder(self._tokenizer, [])
+        self._template = read_template(folder, template)
+        self._decoders: dict[int, StreamDecoder] = {}
 
     def answer(self, question: dict[str, Any]) -> dict[str, Any]:
         """The answer to one question."""
         match question:
-            case {"encode": str(text)}:
-                if not is_unicode(text):
-                    raise DataError("the prompt is not valid Unicode", "give it as UTF-8")
-                ids = list(self._tokenizer.encode(text).ids)
-                self._decoder = StreamDecoder(self._tokenizer, ids)
+            case {"begin": int(number), **given}:
+                ids = self._ids(given)
+                self._decoders[number] = StreamDecoder(self._tokenizer, ids)
                 return {"ids": ids}
-            case {"push": int(token)} if token >= 0:
-                return {"text": self._decoder.push(token)}
-            case {"flush": True}:
-                return {"text": self._decoder.flush()}
+            case {"push": list(pairs)}:
+                return {"texts": [self._push(number, token) for number, token in pairs]}
+            case {"end": int(number)}:
+                decoder = self._decoders.pop(number, None)
+                return {"text": "" if decoder is None else decoder.flush()}
             case _:
                 raise ProtocolError("the tokenizer was asked something unknown")
+
+    def _ids(self, given: dict[str, Any]) -> list[int]:
+        match given:
+            case {"text": str(text)}:
+                return self._encoded(text, special=True)
+            case {"ids": list(ids)}:
+                return [int(token) for token in ids]
+            case {"messages": list(messages)}:
+                if self._template is None:
+                    raise ModelError(
+                        "the model has no chat template",
+                        "serve it with --chat-template FILE, or use completions",
+                    )
+                return self._encoded(self._template.render(messages), special=False)
+            case _:
+                raise ProtocolError("the tokenizer was asked something unknown")
+
+    def _encoded(self, text: str, *, special: bool) -> list[int]:
+        if not is_unicode(text):
+            raise DataError("the prompt is not valid Unicode", "give it as UTF-8")
+        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+
+    def _push(self, number: int, token: int) -> str:
+        decoder = self._decoders.get(number)
+        return "" if decoder is None or token < 0 else decoder.push(token)
 
 
 def main() -> int:
@@ -97,7 +146,7 @@ def main() -> int:
     failure: ConfidantError | None = None
     server: TextServer | None = None
     try:
-        server = TextServer(Path(sys.argv[1]))
+        server = TextServer(*map(Path, sys.argv[1:3]))
     except ConfidantError as caught:
         failure = caught
     for line in sys.stdin:

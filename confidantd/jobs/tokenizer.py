@@ -63,6 +63,22 @@ def end_of_text(folder: Path, tokenizer: Tokenizer) -> int | None:
     return end if isinstance(end, int) else None
 
 
+def tokenizer_settings(folder: Path) -> dict[str, Any]:
+    """What tokenizer_config.json says; nothing if it cannot be read."""
+    return _read(folder / SETTINGS[0])
+
+
+def special_tokens(folder: Path) -> dict[str, str]:
+    """Texts of the special tokens by their names, as a chat template uses them."""
+    found: dict[str, str] = {}
+    for settings in (_read(folder / name) for name in SETTINGS):
+        for name in SPECIAL_TOKENS:
+            token = _content(settings.get(name))
+            if token is not None:
+                found.setdefault(name, token)
+    return found
+
+
 def _missing(folder: Path) -> ModelError:
     if (folder / "tokenizer.model").is_file():
         return ModelError(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from confidantd.errors import ProtocolError
 from confidantd.ids import JobId
 from confidantd.wire.codec import from_map, pack, to_map, unpack
+from confidantd.wire.passes import Pass
 
 MAX_HEADER_BYTES = 4_096
 _LENGTH = struct.Struct(">I")
@@ -31,16 +32,14 @@ class FrameKind(enum.Enum):
     TIED_GRADIENT = "tied-gradient"  # [V, D], between the two ends of a tied embedding
     SQUARE_SUM = "square-sum"  # partial squared gradient norm, towards stage 0
     SQUARE_TOTAL = "square-total"  # the whole squared norm, from stage 0 on
-    HIDDEN = "hidden"  # generation, [1, T, D]
-    TOKEN = "token"  # noqa: S105 - generation, the chosen tokens, from the head to stage 0
+    HIDDEN = "hidden"  # generation, [b, T, D]
+    TOKEN = "token"  # noqa: S105 - generation, what the head chose, to stage 0: [b, 1 + n]
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Header of one frame. `step` is the sequence in generation; `stage` the sender.
-
-    A hidden state in generation begins at position `past` of its sequence, and its last tokens
-    are a `guess`.
+    """Header of one frame; `stage` is the sender. In generation `step` is the number of the pass,
+    and a hidden state says of which sequences it is.
     """
 
     job: JobId
@@ -51,8 +50,7 @@ class Frame:
     microbatch: int
     dtype: str = "float32"
     shape: tuple[int, ...] = ()
-    past: int = 0
-    guess: tuple[int, ...] = ()
+    of: Pass | None = None
 
     @property
     def payload_bytes(self) -> int:

@@ -99,6 +99,7 @@ class StageAssignment:
     `programs` maps a program's name to its blob; `tensors` are the checkpoint's
     (and `adapter_tensors` the adapter's) that this stage needs. All are blobs that
     `source` (the owner) serves. `cpu_only`: the plan has no memory for further backends.
+    A generating stage holds the keys and values of `rows` sequences at the most.
     In an epoch that begins after `steps_done` steps, `state` is what this device has to
     take over from others, or to go back to; what it had besides it keeps.
     """
@@ -116,5 +117,6 @@ class StageAssignment:
     threads: int = 1
     memory_bytes: int = 0
     cpu_only: bool = False
+    rows: int = 1
     steps_done: int = 0
     state: tuple[StateEntry, ...] = ()

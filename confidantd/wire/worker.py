@@ -118,6 +118,13 @@ class Decode:
 
 
 @dataclass(frozen=True, slots=True)
+class Halt:
+    """Generate no more of a sequence; for the stage with the embedding."""
+
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
 class Collect:
     """Write the trained tensors as files into `folder`, which the daemon filled in."""
 
@@ -224,7 +231,7 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One generated token; `finished` is empty, `stop` (an end token) or `length`.
+    """One generated token of a sequence; `finished` is empty, `stop` (an end token) or `length`.
 
     `logprob` and the `likeliest` tokens with theirs, where they were asked for. `guessed`: it was
     foreseen, and took no pass of its own.
@@ -236,6 +243,13 @@ class Token:
     logprob: float = 0.0
     likeliest: tuple[tuple[int, float], ...] = ()
     guessed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What the head chose after one pass."""
+
+    tokens: tuple[Token, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,14 +354,14 @@ class Failed:
     hint: str
 
 
-Command = Load | Connect | TrainStep | Evaluate | Decode | Collect | Export | Snapshot | Stop
+Command = Load | Connect | TrainStep | Evaluate | Decode | Halt | Collect | Export | Snapshot | Stop
 Event = (
     Listening
     | Loaded
     | Connected
     | StepDone
     | Evaluated
-    | Token
+    | Tokens
     | Collected
     | Exported
     | Snapshotted

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from confidantd.wire.frames import Frame, FrameKind
+from confidantd.wire.passes import Pass
 from confidantd.worker.links import Links
 from confidantd.worker.turns import Turns
 
@@ -56,8 +57,7 @@ class Exchange:
         microbatch: int,
         array: NDArray[Any],
         *,
-        past: int = 0,
-        guess: tuple[int, ...] = (),
+        of: Pass | None = None,
     ) -> None:
         """Queue an array for another stage."""
         data = np.ascontiguousarray(array)
@@ -68,8 +68,7 @@ class Exchange:
             microbatch,
             data.reshape(-1).view(np.uint8).data,
             dtype=str(data.dtype),
-            past=past,
-            guess=guess,
+            of=of,
             shape=array.shape,  # a scalar's: contiguous data has one dimension at least
         )
 

@@ -1,15 +1,16 @@
 """One stage's share of generation: hidden states go down the pipeline, tokens come back.
 
-Stage 0 feeds the prompt and then every chosen token, perhaps with guesses behind it; each stage
-answers whatever arrives; the head stage chooses, reports and sends to stage 0 what it chose.
+Stage 0 says what is computed next (`Batching`); each stage answers whatever arrives; the head
+stage chooses, reports and sends to stage 0 what it chose.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +21,13 @@ from confidantd.engine.tensors import Floats
 from confidantd.errors import ProtocolError
 from confidantd.planner.memory import prefill_chunk
 from confidantd.wire.frames import FrameKind
+from confidantd.wire.passes import Pass
 from confidantd.wire.stage import StageAssignment
-from confidantd.wire.worker import Decode, Token
+from confidantd.wire.worker import Decode, Token, Tokens
+from confidantd.worker.batching import Batching, Chosen
 from confidantd.worker.exchange import Exchange
-from confidantd.worker.speculation import Feed
+
+NO_TOKEN = -1  # behind those of a row that has fewer than another one
 
 
 @dataclass(slots=True)
@@ -43,96 +47,103 @@ class Generator:
         place: StageAssignment,
         stage: GeneratingStage,
         exchange: Exchange,
-        report: Callable[[Token], None],
+        report: Callable[[Tokens], None],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._place = place
-        self._clock = clock
         self._stage = stage
         self._exchange = exchange
         self._report = report
         self._sequences: dict[int, asyncio.Future[_Sequence]] = {}
-        self._feeds: dict[int, Feed] = {}
+        self._more = asyncio.Event()
+        heads = place.spec.model.block.heads
+        self._batching = Batching(
+            place.stages, place.rows, lambda length: prefill_chunk(heads, length), clock
+        )
 
-    async def start(self, command: Decode) -> None:
-        """Take on a sequence; stage 0 runs its prompt through the pipeline."""
-        sampler = Sampler(command.sampling, command.prompt, command.chosen)
-        self._sequence(command.sequence).set_result(_Sequence(command, sampler))
+    def start(self, command: Decode) -> None:
+        """Take on a sequence."""
+        if self._place.spec.head:
+            sampler = Sampler(command.sampling, command.prompt, command.chosen)
+            self._sequence(command.sequence).set_result(_Sequence(command, sampler))
         if self._place.spec.embedding:
-            self._feeds[command.sequence] = Feed(
-                command.prompt,
-                command.max_new_tokens,
-                guesses=command.speculates,
-                clock=self._clock,
-            )
-            await self._prompt(command)
+            self._batching.add(command)
+            self._more.set()
 
-    async def _prompt(self, command: Decode) -> None:
-        length, tokens = len(command.prompt), list[int]()
-        size = prefill_chunk(self._place.spec.model.block.heads, length)
-        for start in range(0, length, size):
-            chunk = command.prompt[start : start + size]
-            last = start + size >= length
-            ids = np.array([chunk], dtype=np.int64)
-            tokens = await self._forward(command.sequence, ids, start, (), last=last)
-        while tokens:  # where the head is here, too
-            tokens = await self._feed(command.sequence, tokens)
-
-    async def _feed(self, sequence: int, tokens: list[int]) -> list[int]:
-        """Go on after these tokens were chosen; gives the next ones if the head is here."""
-        ids, past = self._feeds[sequence].next(tokens)
-        x = np.array([ids], dtype=np.int64)
-        return await self._forward(sequence, x, past, tuple(ids[1:]), last=True)
+    def halt(self, sequence: int) -> None:
+        """Generate no more of a sequence; on the stage with the embedding."""
+        self._batching.halt(sequence)
+        self._more.set()
 
     async def serve(self) -> None:
-        """Answer frames from other stages, for ever."""
+        """Feed, and answer frames from other stages, for ever."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._serve_hidden(), name="hidden")
-            group.create_task(self._serve_tokens(), name="tokens")
+            if self._place.spec.embedding:
+                group.create_task(self._feed(), name="feed")
+                group.create_task(self._serve_tokens(), name="tokens")
+            else:
+                group.create_task(self._serve_hidden(), name="hidden")
+
+    async def _feed(self) -> None:
+        while True:
+            following = self._batching.next()
+            if following is None:
+                await self._more.wait()
+                self._more.clear()
+                continue
+            ids = np.array(following.ids, dtype=np.int64)
+            found = await self._forward(following.number, following.of, ids)
+            if found is not None:  # the head is here, too
+                self._batching.chosen(following.number, found)
 
     async def _serve_hidden(self) -> None:
         while True:
             frame, hidden = await self._exchange.next(FrameKind.HIDDEN)
-            last = bool(frame.microbatch)
-            tokens = await self._forward(frame.step, hidden, frame.past, frame.guess, last=last)
-            if tokens:
-                data = np.array(tokens, dtype=np.int64)
-                await self._exchange.send(0, FrameKind.TOKEN, frame.step, 0, data)
+            if frame.of is None:
+                raise ProtocolError("a hidden state says not of which sequences it is")
+            found = await self._forward(frame.step, frame.of, hidden)
+            if found is not None:
+                await self._exchange.send(0, FrameKind.TOKEN, frame.step, 0, _as_array(found))
 
     async def _serve_tokens(self) -> None:
         while True:
-            frame, tokens = await self._exchange.next(FrameKind.TOKEN)
-            if frame.step not in self._feeds or not tokens.size:
-                raise ProtocolError("tokens came of a sequence that was not begun here")
-            await self._feed(frame.step, [int(token) for token in tokens.reshape(-1)])
+            frame, array = await self._exchange.next(FrameKind.TOKEN)
+            self._batching.chosen(frame.step, _from_array(array))
+            self._more.set()
 
     async def _forward(
-        self,
-        sequence: int,
-        x: NDArray[np.generic],
-        past: int,
-        guess: tuple[int, ...],
-        *,
-        last: bool,
-    ) -> list[int]:
-        """One pass of this stage over tokens from position `past` on, the last of which are a
-        `guess`; `last` says that the head shall choose after it. Gives what it chose.
+        self, number: int, of: Pass, x: NDArray[np.generic]
+    ) -> tuple[Chosen, ...] | None:
+        """One pass of this stage over ids [b, T] or hidden states [b, T, D]. The head's gives what
+        it chose.
         """
-        if x.ndim < 2 or x.shape[1] <= len(guess):
-            raise ProtocolError("a pass has no token before its guesses")
-        y = await self._exchange.compute(self._compute, sequence, x, past, 1 + len(guess))
+        of.check(x.shape)
+        y = await self._exchange.compute(self._compute, of, x)
         if not self._place.spec.head:
-            await self._exchange.send(
-                self._place.stage + 1, FrameKind.HIDDEN, sequence, int(last), y,
-                past=past, guess=guess,
-            )  # fmt: skip
-            return []
-        return self._choose(await self._sequence(sequence), y[0], guess) if last else []
+            following = self._place.stage + 1
+            await self._exchange.send(following, FrameKind.HIDDEN, number, 0, y, of=of)
+            return None
+        for sequence in of.stopped:
+            self._sequences.pop(sequence, None)
+        if not of.chooses:
+            return tuple(Chosen((), ended=False) for _ in of.sequences)
+        states = [await self._sequence(sequence) for sequence in of.sequences]
+        told: list[Token] = []
+        found = tuple(
+            self._choose(s, row, of.guess, told) for s, row in zip(states, y, strict=True)
+        )
+        self._report(Tokens(tuple(told)))
+        return found
 
-    def _compute(self, sequence: int, x: NDArray[np.generic], past: int, rows: int) -> Floats:
+    def _compute(self, of: Pass, x: NDArray[Any]) -> Floats:
         """Without what was guessed wrong before."""
-        self._stage.truncate(sequence, past)
-        return self._stage.forward([sequence], x, rows)
+        for sequence in of.dropped:
+            self._stage.release(sequence)
+        for begun in of.begun:
+            self._stage.begin(begun.sequence, begun.source, begun.length, kept=begun.kept)
+        for sequence, past in zip(of.sequences, of.past, strict=True):
+            self._stage.truncate(sequence, past)
+        return self._stage.forward(of.sequences, x, 1 + len(of.guess))
 
     def _sequence(self, sequence: int) -> asyncio.Future[_Sequence]:
         """The sequence, once its command is here: hidden states may overtake the command."""
@@ -141,26 +152,46 @@ class Generator:
         return self._sequences[sequence]
 
     def _choose(
-        self, sequence: _Sequence, logits: NDArray[np.float32], guess: tuple[int, ...]
-    ) -> list[int]:
-        """Pick tokens from logits [n, V] as long as they were guessed, and report them; none if
-        the sequence has ended.
-        """
-        command, tokens = sequence.command, list[int]()
+        self,
+        sequence: _Sequence,
+        logits: NDArray[np.float32],
+        guess: tuple[int, ...],
+        told: list[Token],
+    ) -> Chosen:
+        """Pick tokens from logits [n, V] as long as they were guessed, and add them to `told`."""
+        command, tokens, finished = sequence.command, list[int](), ""
         for index, row in enumerate(logits):
             choice = sequence.sampler.pick(row)
             sequence.produced += 1
-            finished = ""
             if choice.token in command.end_tokens:
                 finished = "stop"
             elif sequence.produced >= command.max_new_tokens:
                 finished = "length"
             guessed = index > 0  # by the row before
-            told = (choice.token, finished, choice.logprob, choice.likeliest, guessed)
-            self._report(Token(command.sequence, *told))
-            if finished:
-                return []
+            more = (choice.token, finished, choice.logprob, choice.likeliest, guessed)
+            told.append(Token(command.sequence, *more))
             tokens.append(choice.token)
-            if index < len(guess) and choice.token != guess[index]:
+            if finished or (index < len(guess) and choice.token != guess[index]):
                 break
-        return tokens
+        if finished:
+            del self._sequences[command.sequence]
+        return Chosen(tuple(tokens), ended=bool(finished))
+
+
+def _as_array(found: Sequence[Chosen]) -> NDArray[np.int64]:
+    """[b, 1 + n]: whether each sequence has ended, and its tokens."""
+    most = max(len(chosen.tokens) for chosen in found)
+    array = np.full((len(found), 1 + most), NO_TOKEN, np.int64)
+    for row, chosen in zip(array, found, strict=True):
+        row[0] = chosen.ended
+        row[1 : 1 + len(chosen.tokens)] = chosen.tokens
+    return array
+
+
+def _from_array(array: NDArray[Any]) -> tuple[Chosen, ...]:
+    if array.ndim != 2 or array.shape[1] < 1:
+        raise ProtocolError("tokens came in a wrong shape")
+    return tuple(
+        Chosen(tuple(int(token) for token in row[1:] if token >= 0), ended=bool(row[0]))
+        for row in array
+    )

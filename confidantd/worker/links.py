@@ -20,6 +20,7 @@ from confidantd.ids import DeviceId, JobId
 from confidantd.net.tls import client_context, peer_device_id, server_context
 from confidantd.tasks import TaskSet
 from confidantd.wire.frames import Frame, FrameKind, decode_frame, encode_frame
+from confidantd.wire.passes import Pass
 from confidantd.wire.worker import StageAddress
 from confidantd.worker.credits import CONTROLLED, Credits, window
 from confidantd.worker.inbox import Inbox
@@ -135,12 +136,11 @@ class Links:
         *,
         dtype: str = "float32",
         shape: tuple[int, ...] = (),
-        past: int = 0,
-        guess: tuple[int, ...] = (),
+        of: Pass | None = None,
     ) -> None:
         """Queue one tensor for another stage; waits while that stage is too far behind."""
         place = (self._job, self._epoch, kind, self._stage, step, microbatch)
-        frame = Frame(*place, dtype, shape, past, guess)
+        frame = Frame(*place, dtype, shape, of)
         link = self._links.get(stage)
         if link is None:
             raise PeerLostError(f"the link from stage {self._stage} to stage {stage} is gone")

@@ -99,23 +99,32 @@ class Feed:
         guesses: bool,
         clock: Callable[[], float],
     ) -> None:
-        self._lookup = Lookup(prompt)
-        self._pace = Pace() if guesses else None
-        self._past, self._left = len(prompt), most_tokens
+        self.text = list(prompt)  # and what was chosen since
+        self._lookup = Lookup(prompt) if guesses else None
+        self._pace = Pace()
+        self._left = most_tokens
         self._guess: list[int] = []
         self._clock = clock
-        self._sent: float | None = None  # None: the prompt was
+        self._sent: float | None = None  # when a pass of this sequence alone began
 
-    def next(self, tokens: Sequence[int]) -> tuple[list[int], int]:
-        """After these were chosen: the last of them with guesses behind it, and its position."""
-        now = self._clock()
+    @property
+    def past(self) -> int:
+        """The position of what is fed next: of the last token that was chosen."""
+        return len(self.text) - 1
+
+    def take(self, tokens: Sequence[int]) -> None:
+        """These were chosen after the prompt, or after what was fed last."""
         self._left -= len(tokens)
-        self._lookup.add(tokens)
-        if self._sent is not None:
-            self._past += len(tokens)
-            if self._pace is not None:
-                self._pace.passed(len(self._guess), len(tokens), now - self._sent)
-        most = 0 if self._pace is None else min(self._pace.most(), self._left - 1)
-        self._guess = self._lookup.guess(most) if most > 0 else []
-        self._sent = now
-        return [tokens[-1], *self._guess], self._past
+        self.text += tokens
+        if self._lookup is not None:
+            self._lookup.add(tokens)
+            if self._sent is not None:
+                self._pace.passed(len(self._guess), len(tokens), self._clock() - self._sent)
+
+    def next(self, *, alone: bool) -> list[int]:
+        """The last token; with guesses behind it where no other sequence is computed with it."""
+        self._guess, self._sent = [], None
+        if alone and self._lookup is not None:
+            self._guess = self._lookup.guess(max(0, min(self._pace.most(), self._left - 1)))
+            self._sent = self._clock()
+        return [self.text[-1], *self._guess]

@@ -27,6 +27,7 @@ from confidantd.wire.worker import (
     Evaluate,
     Export,
     Failed,
+    Halt,
     Interrupted,
     Listening,
     Load,
@@ -172,7 +173,7 @@ class StageWorker:
                 self._pipe.send(await exchange.compute(write_states, stage, command))
             case Snapshot():
                 self._pipe.send(await self._snapshot(command, stage, exchange))
-            case Load() | Decode() | Stop():
+            case Load() | Decode() | Halt() | Stop():
                 raise ProtocolError(f"a training stage cannot do {type(command).__name__} now")
             case _:
                 assert_never(command)
@@ -218,7 +219,9 @@ class StageWorker:
                     case Connect():
                         await self._connect(command, place, exchange.links)
                     case Decode():
-                        group.create_task(generator.start(command), name="sequence")
+                        generator.start(command)
+                    case Halt():
+                        generator.halt(command.sequence)
                     case _:
                         raise ProtocolError(
                             f"a generating stage cannot do {type(command).__name__}"

@@ -70,6 +70,15 @@ def test_random_tokens_lose_no_character(folder: Path) -> None:
         assert "".join(streamed(folder, prompt, tokens)) == whole(folder, prompt, tokens)
 
 
+def test_long_texts_lose_nothing_where_little_is_decoded_again(folder: Path) -> None:
+    """Far more tokens than a decoder keeps, some of them parts of characters."""
+    tokenizer = load_tokenizer(folder)
+    text = "".join(TEXTS) * 12
+    prompt = tokenizer.encode(text).ids
+    for tokens in (tokenizer.encode(text, add_special_tokens=False).ids, prompt[5:]):
+        assert "".join(streamed(folder, prompt, tokens)) == whole(folder, prompt, tokens)
+
+
 def test_only_complete_characters_are_given_out(tmp_path: Path) -> None:
     folder = byte_model(tmp_path / "model")
     tokenizer = load_tokenizer(folder)
@@ -96,24 +105,29 @@ def test_the_subprocess_answers_line_by_line(tmp_path: Path) -> None:
     folder = byte_model(tmp_path / "model")
     tokenizer = load_tokenizer(folder)
     tokens = tokenizer.encode(" the café").ids
-    encoded, *pushed, flushed, unknown, half, again = answers(
+    encoded, given, *pushed, rest, over, unknown, half, again = answers(
         folder,
-        {"encode": PROMPT},
-        *({"push": token} for token in tokens),
-        {"flush": True},
+        {"begin": 1, "text": PROMPT},
+        {"begin": 2, "ids": tokens},
+        *({"push": [[1, token], [2, token]]} for token in tokens),
+        {"end": 1},
+        {"end": 1},
         {"push": -1},
-        {"encode": "half \ud83d"},
-        {"encode": "still there"},
+        {"begin": 3, "text": "half \ud83d"},
+        {"begin": 3, "text": "still there"},
     )
     assert encoded == {"ids": tokenizer.encode(PROMPT).ids}
-    assert "".join(answer["text"] for answer in [*pushed, flushed]) == " the café"
+    assert given == {"ids": tokens}
+    texts = ["".join(answer["texts"][i] for answer in pushed) for i in range(2)]
+    assert [texts[0] + rest["text"], texts[1]] == [" the café", " the café"]
+    assert over == {"text": ""}
     assert unknown["error"]["code"] == "protocol"
     assert half["error"]["code"] == "bad-data"
     assert again == {"ids": tokenizer.encode("still there").ids}
 
 
 def test_the_subprocess_says_that_there_is_no_tokenizer(tmp_path: Path) -> None:
-    first, second = answers(tmp_path, {"encode": PROMPT}, {"flush": True})
+    first, second = answers(tmp_path, {"begin": 1, "text": PROMPT}, {"end": 1})
     assert first["error"]["code"] == "bad-model"
     assert "has no tokenizer.json" in first["error"]["message"]
     assert second == first

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from numpy.typing import NDArray
 
 from confidantd.engine.generation.batch_cache import BatchCaches
+from confidantd.errors import ProtocolError
 
 BLOCKS, HEADS, WIDTH = 2, 2, 3
 
@@ -57,6 +59,21 @@ class Caches(RuleBasedStateMachine):
         self.caches.truncate(sequence, length)
         if sequence in self.held:
             self.held[sequence] = [array[:, :length] for array in self.held[sequence]]
+
+    @precondition(lambda self: self.held)
+    @rule(sequence=st.integers(0, 5), kept=st.booleans(), data=st.data())
+    def begin(self, sequence: int, kept: bool, data: st.DataObject) -> None:
+        """With what another one has."""
+        source = data.draw(st.sampled_from(sorted(self.held)))
+        there = self.held[source][0].shape[1]
+        length = data.draw(st.integers(0, there + 1))
+        if sequence in self.held or length > there:
+            with pytest.raises(ProtocolError):
+                self.caches.begin(sequence, source, length, kept=kept)
+            return
+        self.caches.begin(sequence, source, length, kept=kept)
+        arrays = self.held[source] if kept else self.held.pop(source)
+        self.held[sequence] = [array[:, :length] for array in arrays]
 
     @rule(sequence=st.integers(0, 5))
     def release(self, sequence: int) -> None:

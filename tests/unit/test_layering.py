@@ -70,6 +70,7 @@ HOMES = {
     "cryptography": {"identity"},
     "msgpack": {"wire.codec"},
     "tokenizers": {"jobs", "cli"},  # cli: the demo makes a byte tokenizer
+    "jinja2": {"jobs"},
     "click": {"cli"},
     "segno": {"cli"},
     "spake2": {"swarm.decide"},

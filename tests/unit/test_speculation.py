@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
-from confidantd.ids import DeviceId, JobId
-from confidantd.models.config import Config
-from confidantd.models.families import spec_from_config
-from confidantd.wire.frames import Frame, FrameKind
 from confidantd.wire.sampling import Sampling
-from confidantd.wire.stage import StageAssignment, StageSpec
-from confidantd.wire.worker import Decode, Token
-from confidantd.worker.generator import Generator
+from confidantd.wire.worker import Decode, Token, Tokens
 from confidantd.worker.speculation import (
     LONGEST_MATCH,
     MOST,
@@ -32,10 +23,7 @@ from confidantd.worker.speculation import (
     Lookup,
     Pace,
 )
-from tests.unit.model_files import LLAMA
-
-VOCABULARY, END = 11, 10
-MODEL = spec_from_config(Config({**LLAMA, "vocab_size": VOCABULARY}, "config.json"))
+from tests.unit.reciting import END, VOCABULARY, Pipeline
 
 
 def naive(tokens: list[int], most: int) -> list[int]:
@@ -93,9 +81,10 @@ def test_a_feed_counts_positions_and_never_asks_for_more_than_is_left() -> None:
     feed = Feed([1, 2, 3, 1, 2], 40, guesses=True, clock=lambda: float(next(clock)))
     past, left, tokens = 5, 40, [3]
     for _ in range(20):
-        ids, at = feed.next(tokens)
+        feed.take(tokens)
+        ids = feed.next(alone=True)
         left -= len(tokens)
-        assert at == past
+        assert feed.past == past
         assert ids[0] == tokens[-1]
         assert len(ids) - 1 <= max(0, left - 1)
         if left <= 0:
@@ -106,106 +95,23 @@ def test_a_feed_counts_positions_and_never_asks_for_more_than_is_left() -> None:
     assert left <= 2
 
 
-class Mail:
-    """Two stages that send each other arrays; work is done at once."""
-
-    def __init__(self) -> None:
-        self.others: dict[int, Mail] = {}
-        self._queues = {kind: asyncio.Queue[Any]() for kind in FrameKind}
-        self.sent: list[Frame] = []
-
-    async def compute(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """At once."""
-        return work(*arguments)
-
-    async def send(
-        self, stage: int, kind: FrameKind, step: int, microbatch: int, array: NDArray[Any],
-        *, past: int = 0, guess: tuple[int, ...] = (),
-    ) -> None:  # fmt: skip
-        """Into the other's box."""
-        frame = Frame(JobId("j"), 1, kind, 0, step, microbatch, past=past, guess=guess)
-        self.sent.append(frame)
-        self.others[stage]._queues[kind].put_nowait((frame, array))
-
-    async def next(self, kind: FrameKind) -> tuple[Frame, NDArray[Any]]:
-        """From this one's box."""
-        frame, array = await self._queues[kind].get()
-        return frame, array
-
-
-class Reciting:
-    """A stage that passes ids on, or, as the head, continues a text by a rule of all before."""
-
-    def __init__(self, head: bool, rule: Callable[[Sequence[int]], int]) -> None:
-        self._head, self._rule = head, rule
-        self.ids: list[int] = []
-
-    def forward(self, sequences: Sequence[int], x: NDArray[Any], rows: int = 1) -> NDArray[Any]:
-        """Logits that are certain."""
-        assert list(sequences) == [0]
-        new = [int(value) for value in np.asarray(x).reshape(-1)]
-        self.ids += new
-        if not self._head:
-            return np.array(new, np.float32).reshape(1, -1, 1)
-        logits = np.zeros((1, rows, VOCABULARY), np.float32)
-        for row in range(rows):
-            logits[0, row, self._rule(self.ids[: len(self.ids) - rows + row + 1])] = 9.0
-        return logits
-
-    def truncate(self, sequence: int, length: int) -> None:
-        """Nothing may be missing before it."""
-        assert sequence == 0
-        assert length <= len(self.ids)
-        del self.ids[length:]
-
-    def release(self, sequence: int) -> None:
-        """It goes with the test."""
-
-    def resident_bytes(self) -> dict[str, int]:
-        """Nothing."""
-        return {}
-
-    def close(self) -> None:
-        """Nothing."""
-
-
 def told(
     stages: int, rule: Callable[[Sequence[int]], int], prompt: list[int], count: int, **options: Any
-) -> tuple[list[Token], list[Mail]]:
-    """The tokens of real generators over such stages."""
+) -> tuple[list[Token], Pipeline]:
+    """The tokens of one text, by real generators over such stages."""
 
-    async def run() -> tuple[list[Token], list[Mail]]:
+    async def run() -> tuple[list[Token], Pipeline]:
         tokens, ended = list[Token](), asyncio.Event()
 
-        def hear(token: Token) -> None:
-            tokens.append(token)
-            if token.finished:
+        def hear(event: Tokens) -> None:
+            tokens.extend(event.tokens)
+            if event.tokens[-1].finished:
                 ended.set()
 
-        mails = [Mail() for _ in range(stages)]
-        command = Decode(0, tuple(prompt), count, Sampling(), (END,), **options)
-        async with asyncio.TaskGroup() as group:
-            tasks = []
-            for index, mail in enumerate(mails):
-                mail.others = dict(enumerate(mails))
-                ends = {"embedding": index == 0, "head": index == stages - 1}
-                spec = StageSpec(MODEL, index, index + 1, training=None, **ends)
-                place = StageAssignment(
-                    JobId("j"), 1, index, stages, 1, spec, DeviceId("d"), {}, ()
-                )
-                stage: Any = Reciting(ends["head"], rule)
-                exchange: Any = mail
-                ticks = itertools.count()
-                clock = ticks.__next__  # any pass takes one tick
-                generator = Generator(place, stage, exchange, hear, clock)
-                tasks.append(group.create_task(generator.serve()))
-                if ends["embedding"] or ends["head"]:
-                    tasks.append(group.create_task(generator.start(command)))
-            async with asyncio.timeout(20):
-                await ended.wait()
-            for task in tasks:
-                task.cancel()
-        return tokens, mails
+        pipeline = Pipeline(stages, 1, rule, hear)
+        pipeline.start(Decode(0, tuple(prompt), count, Sampling(), (END,), **options))
+        await pipeline.run(ended.wait())
+        return tokens, pipeline
 
     return asyncio.run(run())
 
@@ -242,8 +148,8 @@ def test_guessing_changes_no_token(
 
 def test_fewer_passes_where_a_text_repeats_itself() -> None:
     """Most tokens need none of their own."""
-    found, mails = told(2, lambda text: len(text) % 5, [1, 2], 200)
+    found, pipeline = told(2, lambda text: len(text) % 5, [1, 2], 200)
     assert sum(token.guessed for token in found) > 150
-    assert len(mails[0].sent) < 50
-    _, mails = told(2, lambda text: len(text) % 5, [1, 2], 200, speculates=False)
-    assert len(mails[0].sent) == 200
+    assert len(pipeline.mails[0].sent) < 50
+    _, pipeline = told(2, lambda text: len(text) % 5, [1, 2], 200, speculates=False)
+    assert len(pipeline.mails[0].sent) == 200

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from confidantd.engine.tensors import Floats
+from confidantd.errors import ProtocolError
 
 _FIRST_CAPACITY = 64  # positions; then a quarter more each time, so at most a fifth is unused
 
@@ -50,14 +51,19 @@ class BatchCache:
 
     def take(self, other: BatchCache, sequence: int) -> None:
         """Bring a sequence over from another cache, into a row behind the others."""
-        row = other.sequences.index(sequence)
-        length = other.lengths[row]
+        self.copy(other, sequence, sequence, other.length(sequence))
+        other.drop(sequence)
+
+    def copy(self, other: BatchCache, source: int, sequence: int, length: int) -> None:
+        """A new sequence with the first positions of a `source` in another cache, behind the
+        others.
+        """
+        row = other.sequences.index(source)
         self.add(sequence)
         self.reserve(length)
         for buffer, found in zip(self._buffers, other._buffers, strict=True):
             buffer[len(self.sequences) - 1, :, :length] = found[row, :, :length]
         self.lengths[-1] = length
-        other.drop(sequence)
 
     def drop(self, sequence: int) -> None:
         """Forget a sequence; the last one takes its row."""
@@ -129,6 +135,22 @@ class BatchCaches:
             if cache.sequences[row] != sequence:
                 cache.swap(row, cache.sequences.index(sequence))
         return cache
+
+    def begin(self, sequence: int, source: int, length: int, *, kept: bool) -> None:
+        """Let a new sequence have the first `length` positions of a `source`, which ends unless it
+        is `kept`.
+        """
+        if sequence in self._of or length > self.length(source):
+            raise ProtocolError("a sequence cannot begin with what is not there")
+        cache = self._of[source]
+        if kept:
+            self._of[sequence] = alone = BatchCache(*self._sizes)
+            alone.copy(cache, source, sequence, length)
+        else:
+            del self._of[source]
+            self._of[sequence] = cache
+            cache.sequences[cache.sequences.index(source)] = sequence
+            self.truncate(sequence, length)
 
     def length(self, sequence: int) -> int:
         """Positions of a sequence; 0 of an unknown one."""

@@ -37,6 +37,12 @@ class GeneratingStage(Protocol):
         """
         ...
 
+    def begin(self, sequence: int, source: int, length: int, *, kept: bool) -> None:
+        """Let a sequence have the first `length` positions of a `source`, which ends unless it is
+        `kept`; `ProtocolError` if that has fewer.
+        """
+        ...
+
     def truncate(self, sequence: int, length: int) -> None:
         """Forget what a sequence has after its first `length` positions."""
         ...
@@ -90,6 +96,10 @@ class FusedStage:
             if "allocate" in str(failure) or "bad_alloc" in str(failure):
                 raise MemoryError(reason) from None
             raise WorkerError(f"the stage failed: {reason}") from None
+
+    def begin(self, sequence: int, source: int, length: int, *, kept: bool) -> None:
+        """As a `GeneratingStage`."""
+        self._caches.begin(sequence, source, length, kept=kept)
 
     def truncate(self, sequence: int, length: int) -> None:
         """As a `GeneratingStage`."""

@@ -21,6 +21,7 @@ from confidantd.engine.split.scheduled_decode import ScheduledDecode
 from confidantd.engine.split.team import Report, Team
 from confidantd.engine.tensors import Floats, Reader, load
 from confidantd.engine.trained_weights import Group
+from confidantd.errors import ProtocolError
 from confidantd.models.tensors import block_sources, embedding_sources, head_sources
 from confidantd.wire.stage import StageSpec
 
@@ -109,11 +110,20 @@ class SplitStage:
         found = [program.run({"x": x[:, i : i + 1]}, self._head)["logits"] for i in places]
         return np.stack(found, axis=1)
 
+    def begin(self, sequence: int, source: int, length: int, *, kept: bool) -> None:
+        """As a `GeneratingStage`."""
+        cache = self._sequences.get(source)
+        if cache is None or cache.length < length or sequence in self._sequences:
+            raise ProtocolError("a sequence cannot begin with what is not there")
+        if not kept:
+            del self._sequences[source]
+        self._sequences[sequence] = cache.beginning(length) if kept else cache.cut(length)
+
     def truncate(self, sequence: int, length: int) -> None:
         """As a `GeneratingStage`."""
         cache = self._sequences.get(sequence)
         if cache is not None:
-            cache.length = min(cache.length, length)
+            cache.cut(length)
 
     def release(self, sequence: int) -> None:
         """As a `GeneratingStage`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 
 from confidantd.engine.tensors import Floats
@@ -48,6 +50,15 @@ class SequenceCache:
         grown = np.zeros(self._shape, np.float32)
         grown[:, :, : self.length] = buffer[:, :, : self.length]
         return grown
+
+    def beginning(self, length: int) -> SequenceCache:
+        """Another cache with the first `length` positions."""
+        return copy.deepcopy(self).cut(length)
+
+    def cut(self, length: int) -> SequenceCache:
+        """Forget what lies behind the first `length` positions."""
+        self.length = min(self.length, length)
+        return self
 
     def append(self, layer: int, key: Floats, value: Floats, first_group: int = 0) -> None:
         """Put new positions [1, k, T, d] of k head groups behind the valid ones; `length` is
