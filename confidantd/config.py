@@ -48,6 +48,9 @@ class DaemonConfig:
     cells age faster); other programs do not use it, with `when_in_use = "decline"`. Jobs that are
     started on this device use it in any case. `battery_command` prints what the battery does,
     as `termux-battery-status` does: for a UPS that the system does not know.
+
+    Models that are served answer programs of this device on `api_port` (None: 8377, or any free
+    one), those that show `api_key` where one is set.
     """
 
     home: Path
@@ -67,6 +70,8 @@ class DaemonConfig:
     most_battery_celsius: float = 45.0
     when_in_use: WhenInUse = "share"
     battery_command: str = ""
+    api_port: int | None = None
+    api_key: str = ""
 
 
 SETTINGS = tuple(field.name for field in fields(DaemonConfig) if field.name != "home")
@@ -138,7 +143,7 @@ def _require_known(key: str, where: str, known: tuple[str, ...]) -> None:
 
 def _checked(name: str, value: Any) -> Any:
     """The value in its own type; None stays None where a setting may be absent."""
-    if value is None and name in ("port", "threads", "memory_bytes", "most_celsius"):
+    if value is None and name in ("port", "threads", "memory_bytes", "most_celsius", "api_port"):
         return None
     return _CHECKS[name](name, value)
 
@@ -157,6 +162,12 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
         raise ConfigError(f"`{name}` must be a list of texts")
     return tuple(value)
+
+
+def _key(name: str, value: Any) -> str:
+    if isinstance(value, str) and value.isascii() and value.isprintable():
+        return value
+    raise ConfigError(f"`{name}` must be printable ASCII")
 
 
 def _split(name: str, value: Any) -> Split:
@@ -282,6 +293,8 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "most_battery_celsius": _degrees,
     "when_in_use": _when_in_use,
     "battery_command": _command,
+    "api_port": _port,
+    "api_key": _key,
 }
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import confidantd
 from confidantd.allocator import give_back_freed, keep_little
 from confidantd.api.control import ControlApi
+from confidantd.api.openai.server import OpenAiApi
 from confidantd.api.views import View
 from confidantd.config import DaemonConfig, environment, load_config, parse_size
 from confidantd.discovery.mdns import MdnsDiscovery
@@ -122,6 +123,7 @@ class Daemon:
             programs=Programs(peers, store, home, can_compile="compiler" in roles()),
             quantiser=Quantiser(store, home),
             router=self._router,
+            open_api=self._open_api,
         )
         self._coordinator = Coordinator(peers, self._swarm, self._swarm.coordinator)
         self._jobs = Jobs(services, config.name)
@@ -134,7 +136,8 @@ class Daemon:
             lambda: self._providers,
             self._leave,
         )
-        self._api = ControlApi(home / "control.sock", view, self._jobs)
+        self._openai = OpenAiApi(lambda: self._jobs, config.api_port, config.api_key)
+        self._api = ControlApi(home / "control.sock", view, self._jobs, self._openai.routes())
         self._network.on_connected(self._router.device_met)
         self._network.on_disconnected(self._device_lost)
         self._services = TaskSet("services")
@@ -163,6 +166,9 @@ class Daemon:
         addresses = self._network.addresses
         return addresses[0] if addresses else f"{self._config.hosts[0]}:{self._network.port}"
 
+    async def _open_api(self) -> str:
+        return await self._openai.open()
+
     def _start_services(self) -> None:
         self._services.start(supervise("resources", self._keep_resources), "resources")
         if self._discovery is not None:
@@ -173,6 +179,7 @@ class Daemon:
         """Jobs first, so that their stages everywhere are released while the network is up."""
         await self._hand_over(STOPPING)
         await self._jobs.close()
+        await self._openai.close()
         await self._router.close()
         await self._host.close()
         await self._api.close()
@@ -342,6 +349,9 @@ def _parser() -> argparse.ArgumentParser:
         "--split", metavar="WHEN", help="share blocks between providers: auto, always or never"
     )
     _add_policy(parser)
+    parser.add_argument(
+        "--api-port", type=int, help="where served models answer, on loopback (8377, or any)"
+    )
     parser.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error")
     parser.add_argument("--version", action="version", version=confidantd.__version__)
     return parser
@@ -383,6 +393,7 @@ def _flags(arguments: argparse.Namespace) -> dict[str, Any]:
         "most_celsius": arguments.most_celsius,
         "most_battery_celsius": arguments.most_battery_celsius,
         "when_in_use": arguments.when_in_use,
+        "api_port": arguments.api_port,
         "battery_command": arguments.battery_command,
     }
 

@@ -138,6 +138,24 @@ class StaleEpochError(ConfidantError):
     code = "stale-epoch"
 
 
+class PromptTooLongError(UsageError):
+    """A prompt that leaves no room for an answer."""
+
+    code = "prompt-too-long"
+
+
+class ModelNotFoundError(ConfidantError):
+    """No model of that name is served here."""
+
+    code = "model-not-found"
+
+
+class BusyError(ConfidantError):
+    """Too many requests wait already."""
+
+    code = "busy"
+
+
 class JobNotFoundError(ConfidantError):
     """No job with that id is known here."""
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,27 @@ from aiohttp import web
 
 from confidantd.api.views import View
 from confidantd.errors import ConfidantError, JobNotFoundError, UsageError
-from confidantd.jobs.record import JobLog
+from confidantd.jobs.record import FINAL_STATES, JobLog
 from confidantd.jobs.service import Jobs
 
 _log = logging.getLogger(__name__)
 
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
 SHUTDOWN_SECONDS = 1.0
+LOOK_SECONDS = 0.5  # whether a client is there still
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class ControlApi:
     """Serves the CLI. The socket's permissions (0600) are its access control."""
 
-    def __init__(self, socket_path: Path, view: View, jobs: Jobs) -> None:
+    def __init__(
+        self, socket_path: Path, view: View, jobs: Jobs, more: Sequence[web.RouteDef]
+    ) -> None:
         self._socket_path = socket_path
         self._view = view
         self._jobs = jobs
+        self._more = more
         self._runner: web.AppRunner | None = None
 
     async def start(self) -> None:
@@ -66,12 +70,14 @@ class ControlApi:
             web.post("/v1/plan", self._plan),
             web.post("/v1/train", self._train),
             web.post("/v1/generate", self._generate),
+            web.post("/v1/serve", self._serve),
             web.get("/v1/jobs", lambda _: _json({"jobs": self._jobs.list()})),
             web.get("/v1/jobs/{job}", self._show),
             web.get("/v1/jobs/{job}/events", self._events),
             web.get("/v1/jobs/{job}/timeline", self._timeline),
             web.post("/v1/jobs/{job}/cancel", self._cancel),
             web.post("/v1/jobs/{job}/resume", self._resume),
+            *self._more,
         ]
 
     async def _add_member(self, request: web.Request) -> web.StreamResponse:
@@ -121,6 +127,22 @@ class ControlApi:
         finally:
             self._jobs.cancel(log.record.id)
 
+    async def _serve(self, request: web.Request) -> web.StreamResponse:
+        """Stream the job; unless the model stays served, a client that goes away ends it."""
+        body = await _body(request)
+        log = await self._jobs.serve(body)
+        if log.lasts:
+            return await _stream(request, log)
+        streaming = asyncio.ensure_future(_stream(request, log))
+        try:
+            while not streaming.done() and _is_open(request):
+                await asyncio.wait({streaming}, timeout=LOOK_SECONDS)
+            return await streaming if streaming.done() else web.Response()
+        finally:
+            streaming.cancel()
+            if log.record.state not in FINAL_STATES:
+                self._jobs.cancel(log.record.id)
+
     async def _show(self, request: web.Request) -> web.StreamResponse:
         return await _json(self._jobs.get(request.match_info["job"]).record.to_json())
 
@@ -141,6 +163,11 @@ class ControlApi:
             request.match_info["job"], None if output is None else str(output)
         )
         return await _json({"job": log.record.id})
+
+
+def _is_open(request: web.Request) -> bool:
+    """Whether the client is there still, though nothing may be sent to it for long."""
+    return request.transport is not None and not request.transport.is_closing()
 
 
 async def _json(body: dict[str, Any]) -> web.StreamResponse:

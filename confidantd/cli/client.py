@@ -58,17 +58,35 @@ class Client:
             raise self._explain(failure) from None
         return _fields(answer.status, content)
 
+    async def server_events(
+        self, path: str, body: Mapping[str, Any]
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """The JSON objects of a stream of events, up to its last."""
+        async for line in self._lines("POST", path, body):
+            data = line.removeprefix(b"data: ")
+            if data == b"[DONE]":
+                return
+            yield _fields(OK, data)
+
     async def stream(
         self, method: str, path: str, body: Mapping[str, Any] | None = None
     ) -> AsyncGenerator[dict[str, Any], None]:
         """The JSON lines of a streamed answer, however long it takes."""
+        async for line in self._lines(method, path, body):
+            yield _fields(OK, line)
+
+    async def _lines(
+        self, method: str, path: str, body: Mapping[str, Any] | None
+    ) -> AsyncGenerator[bytes, None]:
+        """Those of an answer that are not empty; an error of the daemon is raised as itself."""
         limits = aiohttp.ClientTimeout(total=None, sock_connect=ANSWER_SECONDS)
         try:
             async with self._session.request(method, path, json=body, timeout=limits) as answer:
                 if answer.status != OK:
                     _fields(answer.status, await answer.read())
                 async for line in answer.content:
-                    yield _fields(OK, line)
+                    if line.strip():
+                        yield line.strip()
         except (aiohttp.ClientError, OSError) as failure:
             raise self._explain(failure) from None
 

@@ -28,7 +28,7 @@ PHASES = {
 
 async def run_generation(client: Client, request: Mapping[str, Any], *, as_json: bool) -> None:
     """Stream the text to the terminal; with JSON print the contract's object."""
-    progress = _Progress(quiet=as_json or not sys.stderr.isatty())
+    progress = PhaseLine(quiet=as_json or not sys.stderr.isatty())
     async with aclosing(client.stream("POST", "/v1/generate", request)) as events:
         async for event in events:
             progress.clear()
@@ -44,7 +44,7 @@ async def run_generation(client: Client, request: Mapping[str, Any], *, as_json:
                     click.echo(plain(f"{event['name']}: {event['message']}"), err=True)
                 case "token" if not as_json:
                     progress.quiet = True  # from here on the line is the text's
-                    click.echo(_printable(event["text"]), nl=False)
+                    click.echo(printable(event["text"]), nl=False)
                 case "done":
                     _end(event, as_json=as_json)
                     return
@@ -58,12 +58,12 @@ def _end(event: Mapping[str, Any], *, as_json: bool) -> None:
         click.echo("")
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Model output may hold anything; only text, line breaks and tabs reach the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
-class _Progress:
+class PhaseLine:
     """One line on standard error while the pipeline comes up."""
 
     def __init__(self, *, quiet: bool) -> None:

@@ -14,7 +14,7 @@ import click
 import confidantd
 from confidantd.cli.job_commands import jobs
 from confidantd.cli.member_commands import invite, join, leave, members, remove
-from confidantd.cli.model_commands import generate, plan, train
+from confidantd.cli.model_commands import chat, generate, plan, serve, train
 from confidantd.cli.run import common, json_wanted, run, show
 
 
@@ -69,7 +69,7 @@ def demo(context: click.Context, folder: Path | None) -> None:
     context.exit(run_demo(folder, as_json=json_wanted()))
 
 
-for command in (members, remove, invite, join, leave, plan, train, generate, jobs):
+for command in (members, remove, invite, join, leave, plan, train, generate, serve, chat, jobs):
     confidant.add_command(command)
 
 

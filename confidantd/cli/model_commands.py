@@ -1,4 +1,4 @@
-"""`confidant plan | train | generate`: options become a request; the daemon knows the defaults."""
+"""What is done with a model: options become a request; the daemon knows the defaults."""
 
 from __future__ import annotations
 
@@ -35,6 +35,11 @@ _quantise = click.option(
     "--quantise",
     metavar="FORMAT",
     help="int8 or int4: smaller and faster, a little less exact. [default: none]",
+)
+_speculation = click.option(
+    "--speculation",
+    type=click.Choice(["auto", "off"]),
+    help="Guess tokens ahead where that is faster; it changes no token. [default: auto]",
 )
 _shape = options(  # what changes a plan
     click.option("--method", type=METHODS, help="What is trained. [default: full]"),
@@ -146,11 +151,7 @@ def train(detach: bool, wait: bool, **given: Any) -> None:
     "--repetition-penalty", metavar="X", type=positive, help="Over 1: less of what was there."
 )
 @click.option("--seed", metavar="N", type=WHOLE, help="Of the sampling. [default: 0]")
-@click.option(
-    "--speculation",
-    type=click.Choice(["auto", "off"]),
-    help="Guess tokens ahead where that is faster; it changes no token. [default: auto]",
-)
+@_speculation
 @click.option("--stop", metavar="TEXT", multiple=True, help="End before this text; repeatable.")
 @click.option(
     "--logprobs", metavar="N", type=WHOLE, help="Tell probabilities, of N likeliest tokens too."
@@ -165,6 +166,62 @@ def generate(**given: Any) -> None:
 
     request, as_json = _request(given), json_wanted()
     run(lambda client: run_generation(client, request, as_json=as_json))
+
+
+@click.command()
+@_model
+@click.option("--name", metavar="NAME", help="What clients call it. [default: the folder's name]")
+@click.option("--adapter", metavar="DIR", type=path, help="A LoRA adapter in peft's form.")
+@click.option("--requests", metavar="N", type=COUNT, help="Answered at once. [default: 8]")
+@click.option(
+    "--context", metavar="N", type=COUNT, help="Tokens of a request and its answer. [default: 2048]"
+)
+@click.option(
+    "--most-waiting", metavar="N", type=WHOLE, help="More requests are refused. [default: 64]"
+)
+@click.option(
+    "--chat-template", metavar="FILE", type=path, help="Another one than the model's, in Jinja."
+)
+@_speculation
+@_quantise
+@_devices
+@click.option("--detach", is_flag=True, help="Go on until `confidant jobs cancel`.")
+@common
+def serve(detach: bool, **given: Any) -> None:
+    """Answer programs on this device with MODEL, over OpenAI's API."""
+    from confidantd.cli.serving import run_serving
+
+    request, as_json = {**_request(given), "stays": detach}, json_wanted()
+    run(lambda client: run_serving(client, request, as_json=as_json))
+
+
+@click.command()
+@click.argument("model", metavar="MODEL")
+@click.option("--system", metavar="TEXT", help="What the model is told first.")
+@click.option("--max-new-tokens", metavar="N", type=COUNT, help="Of an answer. [default: no limit]")
+@click.option("--temperature", metavar="T", type=amount, help="0: greedy. [default: 0.7]")
+@click.option("--top-p", metavar="P", type=share, help="[default: 1]")
+@click.option(
+    "--seed", metavar="N", type=WHOLE, help="Of the sampling. [default: another each time]"
+)
+@click.option("--adapter", metavar="DIR", type=path, help="A LoRA adapter in peft's form.")
+@click.option("--context", metavar="N", type=COUNT, help="Tokens of the chat. [default: 2048]")
+@click.option(
+    "--chat-template", metavar="FILE", type=path, help="Another one than the model's, in Jinja."
+)
+@_quantise
+@_devices
+@common
+def chat(model: str, **given: Any) -> None:
+    """Talk to MODEL: a folder, or the name of a model that is served. Ctrl-C stops an answer,
+    Ctrl-D ends the chat.
+    """
+    from confidantd.cli.chatting import run_chat
+
+    asked = {n: given.pop(n) for n in ("max_new_tokens", "temperature", "top_p", "seed")}
+    system, as_json = given.pop("system"), json_wanted()
+    served = _request(given)
+    run(lambda client: run_chat(client, model, served, _request(asked), system, as_json=as_json))
 
 
 def _request(given: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, TypeVar, get_args
 from confidantd.errors import DataError, ModelError, OutputError, ProtocolError, UsageError
 from confidantd.wire.codec import from_map
 from confidantd.wire.jobs import OwnerEnds
+from confidantd.wire.passes import MOST_ROWS
 from confidantd.wire.sampling import Sampling
 
 _T = TypeVar("_T")
@@ -22,6 +24,9 @@ DEFAULT_SEQUENCE_LENGTH = 128
 DEFAULT_NEW_TOKENS = 128
 MOST_STOPS, MOST_STOP_LETTERS = 16, 1_000
 DEFAULT_LOAD, MOST_LOAD = 8, 100_000  # requests at once
+DEFAULT_CONTEXT = 2_048  # tokens of a served request, or what the model takes
+DEFAULT_WAITING = 64  # requests
+_NAME = re.compile(r"[^\s\x00-\x1f\x7f]{1,200}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +163,48 @@ class GenerateOptions:
             self.seed,
             self.logprobs,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """Options of `confidant serve`: `requests` at once, each with so many tokens of prompt and
+    answer together as `context`. `stays`: another run of the daemon goes on serving it.
+    """
+
+    model: str
+    name: str | None = None
+    adapter: str | None = None
+    requests: int = DEFAULT_LOAD
+    context: int | None = None
+    most_waiting: int = DEFAULT_WAITING
+    chat_template: str | None = None
+    speculation: str = "auto"
+    quantise: str = "none"
+    devices: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    stays: bool = False
+
+    def check(self) -> None:
+        """Raise what is wrong with the options themselves."""
+        _at_least("requests", self.requests, 1)
+        _at_least("context", self.context, 2)
+        _at_least("most_waiting", self.most_waiting, 0)
+        _one_of("--speculation", self.speculation, ("auto", "off"))
+        if self.requests > MOST_ROWS:
+            raise UsageError(f"--requests must be at most {MOST_ROWS}")
+        if not _NAME.fullmatch(self.public_name):
+            raise UsageError(
+                f"{self.public_name[:60]!r} cannot be the name of a model",
+                "give --name up to 200 letters without spaces",
+            )
+
+    @property
+    def public_name(self) -> str:
+        """What clients call it: the folder's name, with an adapter's behind it."""
+        if self.name is not None:
+            return self.name
+        base = Path(self.model).name
+        return base if self.adapter is None else f"{base}:{Path(self.adapter).name}"
 
 
 def check_layers(devices: tuple[str, ...], layers: tuple[int, ...], of: int) -> None:

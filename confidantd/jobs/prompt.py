@@ -70,6 +70,10 @@ class TextProcess:
         """The text that one more token completes, for numbers and tokens; may be empty."""
         return [str(text) for text in (await self._ask({"push": tokens}))["texts"]]
 
+    async def look(self, ids: Sequence[int]) -> list[str]:
+        """What single tokens look like, special ones included."""
+        return [str(text) for text in (await self._ask({"look": list(ids)}))["texts"]]
+
     async def end(self, number: int) -> str:
         """The rest of a text."""
         return str((await self._ask({"end": number}))["text"])

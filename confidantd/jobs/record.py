@@ -15,6 +15,7 @@ from typing import Any, Literal
 from confidantd.ids import JobId
 from confidantd.store.files import write_atomically
 
+Kind = Literal["train", "generate", "serve"]
 State = Literal["planning", "running", "recovering", "done", "failed", "cancelled"]
 FINAL_STATES: tuple[State, ...] = ("done", "failed", "cancelled")
 EVENTS_NAME, RECORD_NAME = "events.jsonl", "job.json"
@@ -27,7 +28,7 @@ class JobRecord:
     """One line of `confidant jobs`."""
 
     id: JobId
-    kind: Literal["train", "generate"]
+    kind: Kind
     model: str
     owner: str
     created: float
@@ -55,6 +56,7 @@ class JobLog:
     def __init__(self, record: JobRecord, folder: Path) -> None:
         self.record = record
         self.folder = folder
+        self.lasts = False  # another run of the daemon goes on with it
         self._numbers: list[int] = []  # of the events that are kept, ascending
         self._events: list[dict[str, Any]] = []
         self._next = 0

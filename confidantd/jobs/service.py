@@ -7,15 +7,16 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from confidantd.errors import (
     CancelledJobError,
     ConfidantError,
     JobNotFoundError,
+    ModelNotFoundError,
     OutputError,
     PeerLostError,
     StorageError,
@@ -27,14 +28,16 @@ from confidantd.jobs.generate import GenerateJob
 from confidantd.jobs.options import (
     GenerateOptions,
     PlanOptions,
+    ServeOptions,
     TrainOptions,
     model_folder,
     options_from,
 )
 from confidantd.jobs.output import done_event
-from confidantd.jobs.record import FINAL_STATES, JobLog, JobRecord, State
+from confidantd.jobs.record import FINAL_STATES, JobLog, JobRecord, Kind, State
+from confidantd.jobs.serve import ServeJob
 from confidantd.jobs.services import JobServices, ask_coordinator, failure_event
-from confidantd.jobs.setup import planned_workload
+from confidantd.jobs.setup import planned_workload, serve_workload
 from confidantd.jobs.timeline import timeline
 from confidantd.jobs.train import TrainJob, check_text, check_training
 from confidantd.jobs.what_if import plan_for
@@ -58,12 +61,15 @@ class Jobs:
         self._folder = services.home / "jobs"
         self._logs: dict[JobId, JobLog] = {}
         self._running: dict[JobId, asyncio.Task[None]] = {}
+        self._served: dict[str, ServeJob] = {}
         self._tasks = TaskSet("jobs")
         self._resuming: set[JobId] = set()
         self._closing = False
 
     async def load(self) -> None:
-        """Remember jobs of earlier runs; training that was running goes on, the rest has failed."""
+        """Remember jobs of earlier runs; training that was running goes on, models are served
+        again that shall be, the rest has failed.
+        """
         for log in await asyncio.to_thread(_read_logs, self._folder):
             self._logs[log.record.id] = log
             if log.record.state in FINAL_STATES:
@@ -125,7 +131,7 @@ class Jobs:
         await asyncio.to_thread(check_training, options)
         self._check_free(options.output)
         log = self._new("train", options.model)
-        log.record.output = options.output
+        log.record.output, log.lasts = options.output, True
         try:
             await asyncio.to_thread(_keep_request, log.folder, request)
         except ConfidantError:
@@ -154,6 +160,9 @@ class Jobs:
 
     async def _resume(self, log: JobLog, output: str | None = None) -> None:
         """ConfidantError if that cannot be; then the record is as it was."""
+        if log.record.kind == "serve":
+            await self._serve_again(log)
+            return
         if log.record.kind != "train":
             raise UsageError("only training is resumed", "start it again")
         before = log.record.state, log.record.message
@@ -168,6 +177,7 @@ class Jobs:
             self._check_free(options.output)
             await asyncio.to_thread(_keep_request, log.folder, request)
             await log.reopen()
+            log.lasts = True
             log.record.state, log.record.message = "recovering", None
             await log.save()
             self._start(log, TrainJob(options, log, self._services, resumed=True).run)
@@ -178,6 +188,18 @@ class Jobs:
         finally:
             self._resuming.discard(log.record.id)
 
+    async def _serve_again(self, log: JobLog) -> None:
+        """By the daemon's next run, or after it failed."""
+        options = options_from(ServeOptions, await asyncio.to_thread(_kept_request, log.folder))
+        if options.public_name in self._served:
+            raise UsageError(f"{options.public_name} is served already")
+        await log.reopen()
+        log.lasts = True
+        log.record.state, log.record.message = "recovering", None
+        log.record.epoch += 1
+        await log.save()
+        self._start_serving(log, options)
+
     async def generate(self, request: Mapping[str, Any]) -> JobLog:
         """Start generating; what can be refused at once is raised here."""
         options = options_from(GenerateOptions, request)
@@ -186,6 +208,47 @@ class Jobs:
         log = self._new("generate", options.model)
         self._start(log, GenerateJob(options, log, self._services).run)
         return log
+
+    async def serve(self, request: Mapping[str, Any]) -> JobLog:
+        """Start serving a model; what can be refused at once is raised here."""
+        options = options_from(ServeOptions, request)
+        options.check()
+        await asyncio.to_thread(serve_workload, options)
+        if options.public_name in self._served:
+            raise UsageError(
+                f"{options.public_name} is served already", "give it another name with --name"
+            )
+        log = self._new("serve", options.model)
+        if options.stays:
+            log.lasts = True
+            await asyncio.to_thread(_keep_request, log.folder, request)
+        self._start_serving(log, options)
+        return log
+
+    def served(self, name: str) -> ServeJob:
+        """The model that clients call by that name."""
+        found = self._served.get(name)
+        if found is None:
+            known = ", ".join(sorted(self._served)[:10])
+            hint = f"there is {known}" if known else "start one with `confidant serve MODEL`"
+            raise ModelNotFoundError(f"the model {name[:200]!r} is not served here", hint)
+        return found
+
+    def all_served(self) -> Sequence[ServeJob]:
+        """In the order of their names."""
+        return [self._served[name] for name in sorted(self._served)]
+
+    def _start_serving(self, log: JobLog, options: ServeOptions) -> None:
+        job = ServeJob(options, log, self._services)
+        self._served[job.name] = job
+
+        async def run() -> None:
+            try:
+                await job.run()
+            finally:
+                del self._served[job.name]
+
+        self._start(log, run)
 
     def cancel(self, job: str) -> None:
         """Cancel a running job; one that failed loses its checkpoints."""
@@ -204,7 +267,7 @@ class Jobs:
         self._closing = True
         await self._tasks.close()
 
-    def _new(self, kind: Literal["train", "generate"], model: str) -> JobLog:
+    def _new(self, kind: Kind, model: str) -> JobLog:
         record = JobRecord(new_job_id(), kind, model, self._name, time.time(), epoch=FIRST_EPOCH)
         log = JobLog(record, self._folder / record.id)
         self._logs[record.id] = log
@@ -222,7 +285,7 @@ class Jobs:
             await run()
             log.record.state = "done"
         except asyncio.CancelledError:
-            if not (self._closing and log.record.kind == "train"):
+            if not (self._closing and log.lasts):
                 failure = CancelledJobError("the job was cancelled")
                 log.record.state = "cancelled"
             raise

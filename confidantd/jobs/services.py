@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,6 +48,7 @@ class JobServices:
     programs: Programs
     quantiser: Quantiser
     router: PipelineRouter
+    open_api: Callable[[], Awaitable[str]]  # for clients of served models; gives its URL
 
 
 async def ask_coordinator(services: JobServices, method: str, request: PlanRequest) -> Plan:

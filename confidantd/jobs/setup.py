@@ -9,11 +9,13 @@ from pathlib import Path
 from confidantd.errors import ModelError, UsageError
 from confidantd.ids import JobId
 from confidantd.jobs.options import (
+    DEFAULT_CONTEXT,
     DEFAULT_LOAD,
     DEFAULT_SEQUENCE_LENGTH,
     MOST_LOAD,
     GenerateOptions,
     PlanOptions,
+    ServeOptions,
     TrainOptions,
     check_layers,
     model_folder,
@@ -33,7 +35,7 @@ DEFAULT_ALPHA = 16.0
 @dataclass(frozen=True, slots=True)
 class Workload:
     """A model and what shall be done with it. `microbatches` 0: the plan will choose; `load`: so
-    many requests are served at once, which only a plan can do yet.
+    many requests are served at once.
     """
 
     model: ModelFolder
@@ -128,6 +130,22 @@ def generate_workload(options: GenerateOptions | PlanOptions, prompt_tokens: int
     return Workload(
         model, None, lora, adapter, 1, 1, room, options.layers, quantise=options.quantise
     )
+
+
+def serve_workload(options: ServeOptions) -> Workload:
+    """Read the model and the adapter; room for each request is `sequence_length`."""
+    most = read_model(model_folder(options.model)).spec.max_positions
+    context = min(options.context or DEFAULT_CONTEXT, most)
+    if options.context is not None and options.context > most:
+        raise UsageError(
+            f"a context of {options.context} tokens is longer than the model allows ({most})",
+            "lower --context",
+        )
+    given = GenerateOptions(
+        options.model, "", options.adapter, context,
+        quantise=options.quantise, devices=options.devices, layers=options.layers,
+    )  # fmt: skip
+    return replace(generate_workload(given), load=options.requests)
 
 
 def planned_workload(options: PlanOptions) -> Workload:

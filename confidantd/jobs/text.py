@@ -2,9 +2,11 @@
 
 A prompt begins a text, which has a number: `{"begin": number, "text": prompt}` (with special
 tokens), `{"begin": number, "ids": [...]}` or `{"begin": number, "messages": [...]}` (by the
-model's chat template, or that in the file TEMPLATE) -> `{"ids": [...]}`. `{"push": [[number, id],
-...]}` -> `{"texts": what each token completes}`; `{"end": number}` -> `{"text": the rest}`. What
-fails is answered with `{"error": {...}}`.
+model's chat template, or that in the file TEMPLATE) -> `{"ids": [...]}`.
+`{"push": [[number, id], ...]}` -> `{"texts": what each token completes}`.
+`{"look": [id, ...]}` -> `{"texts": what each token is by itself}`.
+`{"end": number}` -> `{"text": the rest}`.
+What fails is answered with `{"error": {...}}`.
 """
 
 from __future__ import annotations
@@ -109,6 +111,9 @@ class TextServer:
                 return {"ids": ids}
             case {"push": list(pairs)}:
                 return {"texts": [self._push(number, token) for number, token in pairs]}
+            case {"look": list(ids)}:
+                decode = self._tokenizer.decode
+                return {"texts": [decode([i], skip_special_tokens=False) for i in ids]}
             case {"end": int(number)}:
                 decoder = self._decoders.pop(number, None)
                 return {"text": "" if decoder is None else decoder.flush()}

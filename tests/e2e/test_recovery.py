@@ -245,7 +245,7 @@ def test_generation_goes_on_with_the_same_tokens(devices: list[Device], tmp_path
         assert process.stdout is not None
         answer = json.loads(process.stdout.read())
     assert answer["tokens"] == undisturbed
-    assert len(undisturbed) == 900
+    assert len(undisturbed) > 300, "it may end by itself, but not before a loss"
     assert record(owner, job)["epoch"] >= 3
     wait_for_no_workers(owner, ben)
 

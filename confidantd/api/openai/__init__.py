@@ -1,0 +1,1 @@
+"""OpenAI's API for the models that are served here."""

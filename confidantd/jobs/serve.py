@@ -1,0 +1,283 @@
+"""A model that is served: a pipeline that stays, and the requests that run through it together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from confidantd.errors import ConfidantError, PromptTooLongError, UsageError, WorkerError
+from confidantd.jobs.admission import Admission, Place
+from confidantd.jobs.job_plans import JobPlans, Launched
+from confidantd.jobs.options import ServeOptions, model_folder
+from confidantd.jobs.prompt import Prompt, TextProcess
+from confidantd.jobs.record import JobLog
+from confidantd.jobs.recovery import Recovery
+from confidantd.jobs.services import JobServices
+from confidantd.jobs.setup import serve_workload
+from confidantd.jobs.stopping import StopTexts
+from confidantd.models.spec import ModelSpec
+from confidantd.tasks import TaskSet
+from confidantd.wire.sampling import Sampling
+from confidantd.wire.stage import OptimizerSpec
+from confidantd.wire.worker import Decode, Halt, Token, Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One request. `client`: of whom, for turns; `most_tokens` None: as many as there is room."""
+
+    prompt: Prompt
+    sampling: Sampling
+    most_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    client: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Text that may be shown now, and the token that it came with. `finished`: why it is the last,
+    `stop` or `length`.
+    """
+
+    text: str
+    token: Token
+    finished: str = ""
+
+
+@dataclass(slots=True)
+class Answer:
+    """To one request: its pieces as they come."""
+
+    sequence: int
+    asked: Asked
+    prompt: list[int]
+    most_tokens: int
+    place: Place
+    tokens: list[int] = field(default_factory=list)
+    finished: str = ""
+    over: bool = False  # the stages generate no more of it
+    epoch: int = 0  # in which they were told of it
+    _pieces: asyncio.Queue[Piece | ConfidantError] = field(default_factory=asyncio.Queue)
+    _stops: StopTexts = field(init=False)
+
+    def __post_init__(self) -> None:
+        """The stop texts of the request."""
+        self._stops = StopTexts(self.asked.stop)
+
+    def take(self, token: Token, text: str) -> None:
+        """One more token, with the text that it completes."""
+        self.tokens.append(token.token)
+        self.over = bool(token.finished)
+        if self.finished:
+            return  # behind a stop text
+        text, stopped = self._stops.push(text)
+        self.finished = "stop" if stopped else token.finished
+        if token.finished and not stopped:
+            text += self._stops.flush()
+        if self.finished:
+            self.place.leave()
+        self._pieces.put_nowait(Piece(text, token, self.finished))
+
+    def fail(self, failure: ConfidantError) -> None:
+        """Nothing more will come."""
+        self._pieces.put_nowait(failure)
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Up to the last one; raises why it breaks off."""
+        while True:
+            piece = await self._pieces.get()
+            if isinstance(piece, ConfidantError):
+                raise piece
+            yield piece
+            if piece.finished:
+                return
+
+
+class ServeJob:
+    """One `confidant serve`; may only be run once."""
+
+    def __init__(self, options: ServeOptions, log: JobLog, services: JobServices) -> None:
+        self._options, self._log, self._services = options, log, services
+        self.name, self.folder = options.public_name, options.model
+        self.created = int(log.record.created)
+        self._admission = Admission(options.requests, options.most_waiting)
+        self._answers: dict[int, Answer] = {}
+        self._numbers = itertools.count(1)
+        self._text: TextProcess | None = None
+        self._spec: ModelSpec | None = None
+        self._context = 0
+        self._launched: Launched | None = None
+        self._changed = asyncio.Event()  # it is served, or it never will be
+        self._failure: ConfidantError | None = None
+        self._tasks = TaskSet("serve")
+
+    async def run(self) -> None:
+        """Serve until it is cancelled; emits a `serving` event."""
+        try:
+            await self._run()
+        except ConfidantError as failure:
+            self._failure = failure
+            raise
+        finally:
+            self._failure = self._failure or WorkerError(f"{self.name} is not served any more")
+            self._changed.set()
+            for answer in self._answers.values():
+                answer.fail(self._failure)
+            await asyncio.shield(self._tasks.close())
+
+    @contextlib.asynccontextmanager
+    async def ask(self, asked: Asked) -> AsyncIterator[Answer]:
+        """The answer to a request, which ends with the context; raises why there is none."""
+        text, spec = await self._served()
+        asked.sampling.check()
+        sequence = next(self._numbers)
+        try:
+            prompt = await text.begin(sequence, asked.prompt)
+            room = self._room(prompt, spec)
+            place = await self._admission.enter(asked.client)
+            try:
+                most = min(room, asked.most_tokens or room)
+                answer = self._answers[sequence] = Answer(sequence, asked, prompt, most, place)
+                if self._failure is not None:
+                    raise self._failure
+                await self._send(answer)
+                yield answer
+            finally:
+                place.leave()
+                answer = self._answers.pop(sequence)
+                if not answer.over:
+                    self._tasks.start(self._halt(answer), f"halt-{sequence}")
+                self._log.record.step += bool(answer.finished)
+        finally:
+            self._tasks.start(_forget(text, sequence), f"forget-{sequence}")
+
+    async def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """What single tokens look like."""
+        text, _ = await self._served()
+        return await text.look(ids)
+
+    async def _served(self) -> tuple[TextProcess, ModelSpec]:
+        await self._changed.wait()
+        if self._failure is not None:
+            raise self._failure
+        assert self._text is not None
+        assert self._spec is not None
+        return self._text, self._spec
+
+    def _room(self, prompt: list[int], spec: ModelSpec) -> int:
+        """Tokens that there is room for behind a prompt."""
+        if not prompt:
+            raise UsageError("the prompt is empty", "give some text")
+        if max(prompt) >= spec.vocabulary or min(prompt) < 0:
+            raise UsageError(f"a token of the prompt is not one of the model's {spec.vocabulary}")
+        if len(prompt) >= self._context:
+            raise PromptTooLongError(
+                f"the prompt has {len(prompt)} tokens, {self.name} is served with a context of "
+                f"{self._context}",
+                "give a shorter one, or serve the model with a larger --context",
+            )
+        return self._context - len(prompt)
+
+    async def _run(self) -> None:
+        options = self._options
+        options.check()
+        folder = await asyncio.to_thread(model_folder, options.model)
+        log = self._services.home / "logs" / "text.log"
+        text = self._text = await TextProcess.start(folder, log, options.chat_template)
+        try:
+            await text.begin(0, [])  # a tokenizer or template that cannot be read is told now
+            workload = await asyncio.to_thread(serve_workload, options)
+            self._spec, self._context = workload.spec, workload.sequence_length
+            plans = JobPlans(
+                self._services, self._log, workload, options.devices, OptimizerSpec(), 0
+            )
+            try:
+                await self._serve(plans, text)
+            finally:
+                await asyncio.shield(plans.close())
+        finally:
+            await asyncio.shield(text.close())
+
+    async def _serve(self, plans: JobPlans, text: TextProcess) -> None:
+        """Over as many pipelines as it takes; a new one is given what the last one was at."""
+        recovery = Recovery(plans)
+        launched = await recovery.begin()
+        plans.make_do = True
+        await self._announce(launched)
+        served = 0  # tokens: what was done between two losses
+        while True:
+            try:
+                self._launched = launched
+                for answer in list(self._answers.values()):
+                    await self._send(answer)
+                while True:
+                    _, event = await launched.pipeline.next_event()
+                    if isinstance(event, Tokens):
+                        served += len(event.tokens)
+                        await self._take(event.tokens, text)
+            except ConfidantError as failure:
+                self._launched = None
+                cause = await recovery.cause(launched, failure)
+                launched = await recovery.recover(launched, cause, served, None, goes_on_at=served)
+
+    async def _announce(self, launched: Launched) -> None:
+        url = await self._services.open_api()
+        self._log.record.state = "running"
+        self._log.emit({
+            "event": "serving", "job": self._log.record.id, "model": self.name, "base_url": url,
+            "context": self._context, "requests": self._options.requests,
+            "stages": launched.plan.to_json()["stages"],
+        })  # fmt: skip
+        await self._log.save()
+        self._changed.set()
+
+    async def _send(self, answer: Answer) -> None:
+        """To the stages, unless they know of it, or there are none now."""
+        launched, spec = self._launched, self._spec
+        if launched is None or answer.finished or answer.epoch == launched.pipeline.key[1]:
+            return
+        assert spec is not None
+        answer.epoch = launched.pipeline.key[1]
+        asked, tokens = answer.asked, answer.tokens
+        with contextlib.suppress(ConfidantError):  # the pipeline has failed: it is sent again
+            for stage, place in reversed(list(enumerate(launched.specs))):
+                if not (place.embedding or place.head):
+                    continue
+                knows = place.embedding or asked.sampling.repetition_penalty != 1
+                await launched.pipeline.command(
+                    stage,
+                    Decode(
+                        sequence=answer.sequence,
+                        prompt=(*answer.prompt, *tokens) if knows else (),
+                        max_new_tokens=answer.most_tokens - len(tokens),
+                        sampling=asked.sampling,
+                        end_tokens=spec.end_tokens,
+                        chosen=len(tokens),
+                        speculates=self._options.speculation != "off",
+                    ),
+                )
+
+    async def _halt(self, answer: Answer) -> None:
+        """Nobody listens any more."""
+        launched = self._launched
+        if launched is not None and answer.epoch == launched.pipeline.key[1]:
+            with contextlib.suppress(ConfidantError):
+                await launched.pipeline.command(0, Halt(answer.sequence))
+
+    async def _take(self, tokens: tuple[Token, ...], text: TextProcess) -> None:
+        """Tokens of several answers; those that are gone get no text."""
+        known = [token for token in tokens if token.sequence in self._answers]
+        texts = await text.push([(token.sequence, token.token) for token in known])
+        for token, piece in zip(known, texts, strict=True):
+            rest = await text.end(token.sequence) if token.finished else ""
+            answer = self._answers.get(token.sequence)
+            if answer is not None:
+                answer.take(token, piece + rest)
+
+
+async def _forget(text: TextProcess, sequence: int) -> None:
+    with contextlib.suppress(ConfidantError):
+        await text.end(sequence)
