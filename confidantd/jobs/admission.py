@@ -43,14 +43,16 @@ class Admission:
 
     def leave(self) -> None:
         """A place is free."""
-        if not self._queues:
-            self._free += 1
-            return
-        client, queue = self._queues.popitem(last=False)
-        queue.popleft().set_result(None)
-        self.waiting -= 1
-        if queue:
-            self._queues[client] = queue  # behind the others
+        while self._queues:
+            client, queue = self._queues.popitem(last=False)
+            turn = queue.popleft()
+            self.waiting -= 1
+            if queue:
+                self._queues[client] = queue  # behind the others
+            if not turn.done():  # cancelled just now
+                turn.set_result(None)
+                return
+        self._free += 1
 
     def _forget(self, client: str, turn: asyncio.Future[None]) -> None:
         queue = self._queues.get(client, deque())
