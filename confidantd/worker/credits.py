@@ -8,8 +8,9 @@ from collections import deque
 from confidantd.errors import ConfidantError
 from confidantd.wire.frames import FrameKind
 
-# Kinds that a fast stage could pile up at a slow one; the others come once a step.
-CONTROLLED = frozenset({FrameKind.ACTIVATION, FrameKind.GRADIENT, FrameKind.HIDDEN})
+# Kinds that a fast stage could pile up at a slow one. Others come once a step, or, in
+# generation, no faster than the head answers.
+CONTROLLED = frozenset({FrameKind.ACTIVATION, FrameKind.GRADIENT})
 LEAST_WINDOW = 16
 RETURNED_AT_ONCE = 4  # one credit frame for so many used frames: each costs as much as a small one
 
@@ -18,8 +19,8 @@ def window(stages: int) -> int:
     """Frames that may be under way or waiting on one link.
 
     1F1B has at most `stages` unused activations and as many gradients between two
-    neighbours, so training never waits here, which could deadlock; only evaluation
-    and prefill, which go one way, are held back. Beside them stand used frames whose credits
+    neighbours, so training never waits here, which could deadlock; only evaluation,
+    which goes one way, is held back. Beside them stand used frames whose credits
     are not returned yet.
     """
     return max(LEAST_WINDOW, 2 * stages + RETURNED_AT_ONCE)

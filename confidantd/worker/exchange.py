@@ -18,6 +18,7 @@ from confidantd.worker.links import Links
 from confidantd.worker.turns import Turns
 
 _T = TypeVar("_T")
+LITTLE_SECONDS = 0.02
 
 
 class Exchange:
@@ -32,6 +33,7 @@ class Exchange:
         self.busy_seconds = 0.0
         self.last = (0.0, 0.0)
         self._turns = Turns(turns_file)
+        self._little_seconds = 0.0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
 
     async def compute(self, work: Callable[..., _T], *arguments: Any, **named: Any) -> _T:
@@ -39,6 +41,17 @@ class Exchange:
         call = functools.partial(work, *arguments, **named)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, self._in_turn, call)
+
+    async def compute_little(self, work: Callable[..., _T], *arguments: Any) -> _T:
+        """As `compute`, but at once where that took little time so far: a thread's hand-over takes
+        a part of it, and the event loop can wait as long.
+        """
+        if self._turns.shared or self._little_seconds > LITTLE_SECONDS:
+            found = await self.compute(work, *arguments)
+        else:
+            found = self._in_turn(functools.partial(work, *arguments))
+        self._little_seconds = self.last[1] - self.last[0]
+        return found
 
     def _in_turn(self, call: Callable[[], _T]) -> _T:
         with self._turns.turn():

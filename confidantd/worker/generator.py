@@ -7,6 +7,7 @@ stage chooses, reports and sends to stage 0 what it chose.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from confidantd.wire.worker import Decode, Token, Tokens
 from confidantd.worker.batching import Batching, Chosen
 from confidantd.worker.exchange import Exchange
 
+LITTLE_TOKENS = 16  # of a pass that may take little time
+TELL_SECONDS = 0.02  # between two reports: a reader sees text come as smoothly
 NO_TOKEN = -1  # behind those of a row that has fewer than another one
 
 
@@ -52,10 +55,13 @@ class Generator:
     ) -> None:
         self._place = place
         self._stage = stage
+        self._told: list[Token] = []  # chosen, and not reported yet
+        self._told_at = -math.inf
+        self._telling: asyncio.TimerHandle | None = None
         self._exchange = exchange
         self._report = report
         self._sequences: dict[int, asyncio.Future[_Sequence]] = {}
-        self._more = asyncio.Event()
+        self._more, self._feeding = asyncio.Event(), False
         heads = place.spec.model.block.heads
         self._batching = Batching(
             place.stages, place.rows, lambda length: prefill_chunk(heads, length), clock
@@ -79,22 +85,32 @@ class Generator:
         """Feed, and answer frames from other stages, for ever."""
         async with asyncio.TaskGroup() as group:
             if self._place.spec.embedding:
-                group.create_task(self._feed(), name="feed")
+                group.create_task(self._feed_new(), name="new")
                 group.create_task(self._serve_tokens(), name="tokens")
             else:
                 group.create_task(self._serve_hidden(), name="hidden")
 
-    async def _feed(self) -> None:
+    async def _feed_new(self) -> None:
         while True:
-            following = self._batching.next()
-            if following is None:
-                await self._more.wait()
-                self._more.clear()
-                continue
-            ids = np.array(following.ids, dtype=np.int64)
-            found = await self._forward(following.number, following.of, ids)
-            if found is not None:  # the head is here, too
-                self._batching.chosen(following.number, found)
+            await self._more.wait()
+            self._more.clear()
+            await self._feed()
+
+    async def _feed(self) -> None:
+        """All that can be fed now; who does so already sees what was added meanwhile."""
+        if self._feeding:
+            return
+        self._feeding = True
+        try:
+            while (following := self._batching.next()) is not None:
+                ids = np.array(following.ids, dtype=np.int64)
+                found = await self._forward(following.number, following.of, ids)
+                if found is not None:  # the head is here, too
+                    self._batching.chosen(following.number, found)
+                    self._tell()
+                    await asyncio.sleep(0)
+        finally:
+            self._feeding = False
 
     async def _serve_hidden(self) -> None:
         while True:
@@ -104,12 +120,13 @@ class Generator:
             found = await self._forward(frame.step, frame.of, hidden)
             if found is not None:
                 await self._exchange.send(0, FrameKind.TOKEN, frame.step, 0, _as_array(found))
+                self._tell()
 
     async def _serve_tokens(self) -> None:
         while True:
             frame, array = await self._exchange.next(FrameKind.TOKEN)
             self._batching.chosen(frame.step, _from_array(array))
-            self._more.set()
+            await self._feed()
 
     async def _forward(
         self, number: int, of: Pass, x: NDArray[np.generic]
@@ -118,7 +135,9 @@ class Generator:
         it chose.
         """
         of.check(x.shape)
-        y = await self._exchange.compute(self._compute, of, x)
+        little = x.shape[0] * x.shape[1] <= LITTLE_TOKENS
+        compute = self._exchange.compute_little if little else self._exchange.compute
+        y = await compute(self._compute, of, x)
         if not self._place.spec.head:
             following = self._place.stage + 1
             await self._exchange.send(following, FrameKind.HIDDEN, number, 0, y, of=of)
@@ -128,12 +147,20 @@ class Generator:
         if not of.chooses:
             return tuple(Chosen((), ended=False) for _ in of.sequences)
         states = [await self._sequence(sequence) for sequence in of.sequences]
-        told: list[Token] = []
-        found = tuple(
-            self._choose(s, row, of.guess, told) for s, row in zip(states, y, strict=True)
-        )
-        self._report(Tokens(tuple(told)))
-        return found
+        return tuple(self._choose(s, row, of.guess) for s, row in zip(states, y, strict=True))
+
+    def _tell(self) -> None:
+        """The owner of what was chosen: after the next pass has begun elsewhere, and that of a few
+        passes at once where they follow each other fast.
+        """
+        now = asyncio.get_running_loop().time()
+        if self._told and (
+            now - self._told_at >= TELL_SECONDS or any(token.finished for token in self._told)
+        ):
+            self._report(Tokens(tuple(self._told)))
+            self._told, self._told_at = [], now
+        elif self._told and (self._telling is None or self._telling.when() < now):
+            self._telling = asyncio.get_running_loop().call_later(TELL_SECONDS, self._tell)
 
     def _compute(self, of: Pass, x: NDArray[Any]) -> Floats:
         """Without what was guessed wrong before."""
@@ -156,9 +183,8 @@ class Generator:
         sequence: _Sequence,
         logits: NDArray[np.float32],
         guess: tuple[int, ...],
-        told: list[Token],
     ) -> Chosen:
-        """Pick tokens from logits [n, V] as long as they were guessed, and add them to `told`."""
+        """Pick tokens from logits [n, V] as long as they were guessed."""
         command, tokens, finished = sequence.command, list[int](), ""
         for index, row in enumerate(logits):
             choice = sequence.sampler.pick(row)
@@ -169,7 +195,7 @@ class Generator:
                 finished = "length"
             guessed = index > 0  # by the row before
             more = (choice.token, finished, choice.logprob, choice.likeliest, guessed)
-            told.append(Token(command.sequence, *more))
+            self._told.append(Token(command.sequence, *more))
             tokens.append(choice.token)
             if finished or (index < len(guess) and choice.token != guess[index]):
                 break

@@ -30,6 +30,7 @@ CLOSE_SECONDS = 0.3  # for the good-bye of a WebSocket
 KEEP_ALIVE_SECONDS = 5.0  # ping; two missed pings end the link
 FRAME_OVERHEAD_BYTES = 8_192
 MAX_WAITING = 8  # connections of no stage yet: a stage has two neighbours, or three
+AT_ONCE_BYTES = 16_384
 MAX_QUEUED_FRAMES = 64  # outgoing; above every window, so that credits never wait behind it
 
 Socket = web.WebSocketResponse | aiohttp.ClientWebSocketResponse
@@ -42,16 +43,25 @@ class Link:
         self.stage = stage
         self.credits = credits_
         self._socket = socket_
+        self._writing = False
         self._queue: asyncio.Queue[bytes] = asyncio.Queue(MAX_QUEUED_FRAMES)
 
     async def send(self, message: bytes) -> None:
-        """Queue a message; waits when the queue is full (the other side reads too slowly)."""
-        await self._queue.put(message)
+        """Queue a message; waits when the queue is full (the other side reads too slowly). A short
+        one goes out at once where nothing is before it.
+        """
+        if len(message) <= AT_ONCE_BYTES and not self._writing and self._queue.empty():
+            await self._socket.send_bytes(message)
+        else:
+            await self._queue.put(message)
 
     async def write(self) -> None:
         """Send what is queued, until the link breaks (`OSError`)."""
         while True:
-            await self._socket.send_bytes(await self._queue.get())
+            message = await self._queue.get()
+            self._writing = True
+            await self._socket.send_bytes(message)
+            self._writing = False
 
     async def read(self, take: Callable[[int, bytes], None]) -> None:
         """Give every incoming message to `take`, until the link ends."""

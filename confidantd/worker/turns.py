@@ -14,6 +14,11 @@ class Turns:
     def __init__(self, path: str) -> None:
         self._file = Path(path).open("ab") if path else None  # noqa: SIM115  # see `close`
 
+    @property
+    def shared(self) -> bool:
+        """Whether there is another one who computes here."""
+        return self._file is not None
+
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
         """Wait for it; blocks. Whatever computes in it must not wait for another stage."""

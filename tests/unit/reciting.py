@@ -38,6 +38,8 @@ class Mail:
         await asyncio.sleep(0)
         return work(*arguments)
 
+    compute_little = compute
+
     async def send(
         self, stage: int, kind: FrameKind, step: int, microbatch: int, array: NDArray[Any],
         *, of: Pass | None = None,
