@@ -467,7 +467,6 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(served: Served) -> None:
         served.device.cli_command("chat", served.name), stdin=theirs, stdout=theirs,
         stderr=theirs, env=served.device.environment(),
     ) as process:  # fmt: skip
-        os.close(theirs)
         seen = bytearray()
 
         def prompts(count: int) -> bool:
@@ -490,13 +489,19 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(served: Served) -> None:
             wait_until(stopped_it, SECONDS, "the answer is stopped")
             for worker in stopped:
                 worker.resume()
-            os.write(ours, b"/exit\n")
-            assert process.wait(SECONDS) == 0
+
+            def over() -> bool:
+                os.write(ours, b"/exit\n")  # a line may be dropped by the last Ctrl-C
+                return process.poll() is not None
+
+            wait_until(over, SECONDS, "the end")
+            assert process.returncode == 0
         finally:
             for worker in stopped:
                 worker.resume()
             process.kill()
             os.close(ours)
+            os.close(theirs)
     assert b"Traceback" not in seen
 
 
