@@ -200,7 +200,7 @@ async def _turns(url: str, name: str, number: int) -> tuple[float, float]:
             )
             pieces = []
             async for chunk in stream:
-                if not pieces and chunk.choices[0].delta.content:
+                if not any(pieces) and chunk.choices[0].delta.content:
                     times.append(time.perf_counter() - started)
                 pieces.append(chunk.choices[0].delta.content or "")
             said += [

@@ -102,7 +102,7 @@ class ServeJob:
     def __init__(self, options: ServeOptions, log: JobLog, services: JobServices) -> None:
         self._options, self._log, self._services = options, log, services
         self.name, self.folder = options.public_name, options.model
-        self.created = int(log.record.created)
+        self.id, self.created = log.record.id, int(log.record.created)
         self._admission = Admission(options.requests, options.most_waiting)
         self._answers: dict[int, Answer] = {}
         self._numbers = itertools.count(1)

@@ -191,8 +191,7 @@ class Jobs:
     async def _serve_again(self, log: JobLog) -> None:
         """By the daemon's next run, or after it failed."""
         options = options_from(ServeOptions, await asyncio.to_thread(_kept_request, log.folder))
-        if options.public_name in self._served:
-            raise UsageError(f"{options.public_name} is served already")
+        await self._free_name(options.public_name)
         await log.reopen()
         log.lasts = True
         log.record.state, log.record.message = "recovering", None
@@ -214,10 +213,7 @@ class Jobs:
         options = options_from(ServeOptions, request)
         options.check()
         await asyncio.to_thread(serve_workload, options)
-        if options.public_name in self._served:
-            raise UsageError(
-                f"{options.public_name} is served already", "give it another name with --name"
-            )
+        await self._free_name(options.public_name)
         log = self._new("serve", options.model)
         if options.stays:
             log.lasts = True
@@ -237,6 +233,15 @@ class Jobs:
     def all_served(self) -> Sequence[ServeJob]:
         """In the order of their names."""
         return [self._served[name] for name in sorted(self._served)]
+
+    async def _free_name(self, name: str) -> None:
+        """One that was just cancelled is waited for."""
+        found = self._served.get(name)
+        task = None if found is None else self._running.get(found.id)
+        if task is not None and task.cancelling():
+            await asyncio.wait({task})
+        if name in self._served:
+            raise UsageError(f"{name} is served already", "give it another name with --name")
 
     def _start_serving(self, log: JobLog, options: ServeOptions) -> None:
         job = ServeJob(options, log, self._services)

@@ -408,6 +408,9 @@ def test_an_adapter_is_a_model_of_its_own(
 
     asyncio.run(ask())
     devices[0].json("jobs", "cancel", with_adapter.job)
+    again = Served(devices[0], small, "--adapter", str(adapter), "--devices", "anna")
+    assert again.name == with_adapter.name, "a name is free once its job is cancelled"
+    devices[0].json("jobs", "cancel", again.job)
 
 
 def make_it_matter(weights: Path) -> None:
