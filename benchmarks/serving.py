@@ -102,6 +102,18 @@ async def streamed(
     return "".join(pieces)
 
 
+async def answered(
+    api: openai.AsyncOpenAI, name: str, chat: Sequence[dict[str, str]], count: int
+) -> None:
+    """All at once: on this machine the client's work for each token would be the devices'."""
+    messages: Any = list(chat)
+    found = await api.chat.completions.create(
+        model=name, messages=messages, temperature=0, max_completion_tokens=count
+    )
+    assert found.usage is not None
+    assert found.usage.completion_tokens == count
+
+
 async def crowd(url: str, name: str, seconds: float) -> Count:
     """So many clients for so long, each with one request after the other."""
     choose, count = seeded(1), Count()
@@ -183,7 +195,7 @@ async def _total(url: str, name: str, number: int) -> float:
     chats = [[{"role": "user", "content": words(choose, 64)}] for _ in range(8)]
     async with client(url) as api:
         started = time.perf_counter()
-        await asyncio.gather(*(streamed(api, name, chat, EIGHT_TOKENS) for chat in chats))
+        await asyncio.gather(*(answered(api, name, chat, EIGHT_TOKENS) for chat in chats))
         return 8 * EIGHT_TOKENS / (time.perf_counter() - started)
 
 
@@ -216,7 +228,7 @@ def _speed_claims(devices: Sequence[Device], model: Path, form: str) -> Iterator
     for count in (1, 2):
         served[count] = serve(
             owner, model, "--name", f"{form}-{count}", "--devices", ",".join(NAMES[:count]),
-            "--layers", ",".join(map(str, cut(SMALL.layers, count))), "--quantise", form,
+            "--quantise", form,
             "--speculation", "off", "--context", "1280",
         )  # fmt: skip
     totals: dict[int, list[float]] = {1: [], 2: []}

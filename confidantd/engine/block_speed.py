@@ -19,7 +19,7 @@ from confidantd.engine.generation.stage import FusedStage, GeneratingStage
 from confidantd.engine.quantised import Quantised, any_quantised
 from confidantd.engine.tensors import Array, Floats
 from confidantd.engine.train_stage import TrainStage
-from confidantd.models.quantisation import quantised_matrices
+from confidantd.models.quantisation import block_bytes, quantised_matrices
 from confidantd.models.spec import Form, ProgramRequest
 from confidantd.models.tensors import (
     block_parameters,
@@ -27,7 +27,7 @@ from confidantd.models.tensors import (
     embedding_sources,
     head_sources,
 )
-from confidantd.planner.speeds import measured_blocks
+from confidantd.planner.speeds import measured_blocks, measured_decode_blocks
 from confidantd.wire.speeds import Speeds
 from confidantd.wire.stage import StageSpec
 
@@ -142,9 +142,11 @@ class Bench:
         progress(0, 2)
         model = self.request.model
         past = min(PAST, model.max_positions // 2) if model.positions == "learned" else PAST
-        block = self._decoder(self._spec(1))
-        block.forward([0], _some((1, past, model.block.hidden)))
-        forward = self._token_seconds(block, past)
+        count = measured_decode_blocks(model.layers, block_bytes(model))
+        blocks = self._decoder(self._spec(count))
+        blocks.forward([0], _some((1, past, model.block.hidden)))
+        forward = self._token_seconds(blocks, past) / count
+        del blocks
         progress(1, 2)
         head = None
         if self.ends:
@@ -174,7 +176,7 @@ class Bench:
 
         def read(name: str) -> Array | Quantised:
             if name in formats:
-                return any_quantised(formats[name].format, formats[name].shape)
+                return any_quantised(formats[name].format, formats[name].shape, name)
             return _some(shapes[name])
 
         return read

@@ -21,6 +21,7 @@ from confidantd.errors import CorruptFileError, ModelError
 from confidantd.models.block_format import BlockFormat
 
 _SOME_WEIGHTS = 1 << 20  # are quantised at once
+_SOME_BYTES = (1 << 16) + 1  # random ones, repeated
 # Of the largest number of a block: what the scale may be less than it needs, in 4 bits. The
 # largest weight is then cut off a little, and the others are nearer.
 _SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84)
@@ -75,11 +76,13 @@ def quantised_from_file(
     return Quantised.of_bytes(form, sides, data)
 
 
-def any_quantised(form: BlockFormat, shape: tuple[int, int]) -> Quantised:
-    """Some matrix, made at once: all weights are small and none is the same as the next."""
+def any_quantised(form: BlockFormat, shape: tuple[int, int], name: str) -> Quantised:
+    """Some matrix, made at once: all weights are small and none is the same as the next, nor are
+    two matrices of different names, which ONNX Runtime would keep only once.
+    """
     packed = form.packed_shape(shape)
-    numbers = np.resize(np.arange(251, dtype=np.uint8), packed)
-    return Quantised(form, shape, numbers, np.full(packed[:2], 1e-4, np.float16))
+    some = np.random.default_rng(list(name.encode())).integers(0, 256, _SOME_BYTES, np.uint8)
+    return Quantised(form, shape, np.resize(some, packed), np.full(packed[:2], 1e-4, np.float16))
 
 
 def quantise(matrix: NDArray[Any], form: BlockFormat) -> Quantised:

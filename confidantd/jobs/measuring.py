@@ -16,8 +16,10 @@ from confidantd.jobs.peers import Peers
 from confidantd.jobs.programs import fetch_programs
 from confidantd.jobs.speed_book import SpeedBook
 from confidantd.jobs.subprocesses import run_module
+from confidantd.models.quantisation import block_bytes
+from confidantd.models.spec import ProgramRequest
 from confidantd.models.tensors import block_parameters, embedding_parameters
-from confidantd.planner.speeds import measured_blocks, valid
+from confidantd.planner.speeds import measured_blocks, measured_decode_blocks, valid
 from confidantd.store.blobs import BlobStore
 from confidantd.store.files import storage_error
 from confidantd.wire.codec import from_map, to_map
@@ -34,6 +36,7 @@ from confidantd.wire.resources import Resources
 from confidantd.wire.speeds import Speeds
 
 MEASURE_SECONDS = 300.0  # a phone needs some ten seconds, and more for a block of 200 MB
+PACKING_COPIES = 2  # of quantised weights, while ONNX Runtime packs them
 PARAMETER_BYTES = 20  # of full fine-tuning: weight, gradient, moments, and a quarter to spare
 
 
@@ -103,10 +106,7 @@ class SpeedMeasuring:
             raise DeviceError(resources.refuses)
         if resources.granted_bytes:  # both would be slow, and both would say so
             raise DeviceError("it is at work for another job")
-        parameters = block_parameters(model)
-        training = message.request.purpose == "train"
-        blocks = measured_blocks(model.layers, parameters) if training else 1
-        if PARAMETER_BYTES * blocks * parameters > room:
+        if _measured_bytes(message.request) > room:
             raise DeviceError("it has no memory to measure blocks")
         programs = await fetch_programs(self._peers, self._store, message.source, message.programs)
         question = {
@@ -145,3 +145,12 @@ class SpeedMeasuring:
         if not valid(found):
             raise DeviceError("what was measured cannot be", "see logs/measure.log")
         return found
+
+
+def _measured_bytes(request: ProgramRequest) -> int:
+    """Of the blocks that are measured together."""
+    model, parameters = request.model, block_parameters(request.model)
+    if request.purpose == "train":
+        return PARAMETER_BYTES * measured_blocks(model.layers, parameters) * parameters
+    held = block_bytes(model)
+    return PACKING_COPIES * measured_decode_blocks(model.layers, held) * held

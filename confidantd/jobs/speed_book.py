@@ -21,7 +21,7 @@ from confidantd.wire.worker import StepDone
 
 _log = logging.getLogger(__name__)
 
-FORMAT = 2  # of the files; before it, messages between stages were not measured
+FORMAT = 3  # of the files; before it, quantised blocks were measured in the cache
 FORMS: tuple[Form, ...] = ("saved", "recompute")
 
 

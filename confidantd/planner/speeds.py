@@ -11,6 +11,7 @@ LEAST_WEIGHT = 0.3  # of the newest step: one is noisy, a hot phone stays hot
 LIKELY = 100.0  # a step that differs by more than this factor is a clock that jumped
 MOST_SECONDS = 1e6
 CACHE_BYTES = 16_000_000  # more than the last level's part of one core, on most
+READ_BYTES = 64_000_000  # twice the largest last level that a worker may have for itself
 _SECONDS = tuple(field.name for field in fields(Speeds) if field.name != "head")
 
 
@@ -19,6 +20,13 @@ def measured_blocks(layers: int, block_parameters: int) -> int:
     other: so many that their weights leave the processor's cache, as those of a stage do.
     """
     return max(1, min(layers, CACHE_BYTES // (FLOAT_BYTES * block_parameters)))
+
+
+def measured_decode_blocks(layers: int, block_bytes: int) -> int:
+    """How many of them in generation, where a token takes as long as it takes to read them: far
+    more than any cache holds.
+    """
+    return max(1, min(layers, -(-READ_BYTES // block_bytes)))
 
 
 def block_seconds(speeds: Speeds, form: Form) -> tuple[float, float]:
