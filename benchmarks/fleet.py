@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.cpu_quota import CpuQuota, quotas
+from tests.control_groups import CpuQuota, quotas
 from tests.e2e.devices import Device, running
 from tests.e2e.small_models import TEXT, byte_tokenizer
 

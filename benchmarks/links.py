@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.fleet import NAMES, Run, make_model, make_text, timed
 from benchmarks.report import Claim, options, report
-from tests.cpu_quota import quotas
+from tests.control_groups import quotas
 from tests.e2e.devices import Device, running, wait_until
 from tests.lan.namespaces import Lan
 

@@ -24,7 +24,7 @@ from benchmarks.fleet import NAMES, Run, make_model, make_text
 from benchmarks.report import Claim, options, report
 from confidantd.identity.certificate import load_or_create
 from confidantd.identity.trust import TrustStore
-from tests.cpu_quota import CpuQuota, quotas
+from tests.control_groups import CpuQuota, quotas
 from tests.e2e.devices import Device, running
 
 SHARE, ATTACKERS_SHARE = 0.45, 0.5

@@ -12,15 +12,24 @@ UNLIMITED = 1 << 60  # version 1 writes a huge number for "no limit"
 
 @dataclass(frozen=True, slots=True)
 class _Names:
-    """File names of one version, and its name for page cache that can be dropped."""
+    """File names of one version, and its names for page cache: not used lately, used lately, and
+    mapped by processes that run.
+    """
 
     limit: str
     used: str
-    droppable: str
+    inactive: str
+    active: str
+    mapped: str
 
 
-_VERSION_1 = _Names("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-_VERSION_2 = _Names("memory.max", "memory.current", "inactive_file")
+_VERSION_1 = _Names(
+    "memory.limit_in_bytes", "memory.usage_in_bytes",
+    "total_inactive_file", "total_active_file", "total_mapped_file",
+)  # fmt: skip
+_VERSION_2 = _Names(
+    "memory.max", "memory.current", "inactive_file", "active_file", "file_mapped"
+)  # fmt: skip
 
 
 def memory_limits(
@@ -28,7 +37,8 @@ def memory_limits(
 ) -> list[tuple[int, int]]:
     """Limit and use (bytes) of every group that this process is in and can read.
 
-    File cache that the kernel drops when memory is needed does not count as used.
+    File cache that the kernel drops when memory is needed does not count as used: that of files
+    that no process maps, whoever read them lately.
     """
     try:
         lines = membership.read_text().splitlines()
@@ -50,14 +60,17 @@ def _upwards(root: Path, path: str, names: _Names) -> Iterator[tuple[int, int]]:
     while folder.is_relative_to(root):
         with contextlib.suppress(OSError, ValueError):  # no such level, or `max`: no limit
             limit, used = (int((folder / name).read_text()) for name in (names.limit, names.used))
-            yield limit, max(0, used - _droppable(folder / "memory.stat", names.droppable))
+            yield limit, max(0, used - _droppable(folder / "memory.stat", names))
         folder = folder.parent
 
 
-def _droppable(stat: Path, name: str) -> int:
+def _droppable(stat: Path, names: _Names) -> int:
+    found: dict[str, int] = {}
     with contextlib.suppress(OSError, ValueError):
         for line in stat.read_text().splitlines():
             key, _, value = line.partition(" ")
-            if key == name:
-                return int(value)
-    return 0
+            found[key] = int(value)
+    inactive, active, mapped = (
+        found.get(name, 0) for name in (names.inactive, names.active, names.mapped)
+    )
+    return max(inactive, inactive + active - mapped)

@@ -16,8 +16,8 @@ from confidantd.jobs.options import PlanOptions
 from confidantd.jobs.plan_inputs import plan_workload
 from confidantd.jobs.setup import train_workload
 from confidantd.planner.costs import PlanDevice
-from tests import cpu_quota
-from tests.cpu_quota import quotas
+from tests import control_groups
+from tests.control_groups import quotas
 from tests.e2e.devices import Device, running, wait_until
 from tests.e2e.small_models import TEXT, byte_tokenizer
 from tests.unit.planner_support import make_plan
@@ -57,7 +57,7 @@ def cap(model: Path) -> int:
 @pytest.fixture(scope="module")
 def devices(tmp_path_factory: pytest.TempPathFactory, cap: int) -> Iterator[list[Device]]:
     """Anna, Ben, and Cleo who is slow."""
-    if not cpu_quota.available():
+    if not control_groups.available():
         pytest.skip("needs root and the cpu controller of control groups")
     folder = tmp_path_factory.mktemp("swarm")
     memory = ("--memory", str(cap))

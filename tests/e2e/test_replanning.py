@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests import cpu_quota, reference
-from tests.cpu_quota import CpuQuota, quotas
+from tests import control_groups, reference
+from tests.control_groups import CpuQuota, quotas
 from tests.e2e.devices import Device, running
 from tests.e2e.small_models import TEXT, byte_tokenizer
 
@@ -42,7 +42,7 @@ class Swarm:
 @pytest.fixture(scope="module")
 def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swarm]:
     """Three daemons that the tests share."""
-    if not cpu_quota.available():
+    if not control_groups.available():
         pytest.skip("needs root and the cpu controller of control groups")
     folder = tmp_path_factory.mktemp("swarm")
     limited = ("sh", "-c", f'ulimit -d {TOO_LITTLE} && exec "$@"', "sh")

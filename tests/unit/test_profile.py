@@ -36,9 +36,22 @@ def test_version_2_limits_of_every_level(tmp_path: Path) -> None:
         tmp_path / "a",
         memory__max="1000\n",
         memory__current="600\n",
-        memory__stat="anon 100\ninactive_file 250\nactive_file 9\n",
+        memory__stat="anon 100\ninactive_file 250\nactive_file 9\nfile_mapped 9\n",
     )
     assert memory_limits(tmp_path, tmp_path / "self") == [(1000, 350)]
+
+
+def test_the_cache_of_what_has_ended_can_be_dropped(tmp_path: Path) -> None:
+    """Used lately or not; but not that of files that a process maps."""
+    (tmp_path / "self").write_text("0::/a\n")
+    for mapped, used in ((0, 350), (30, 380), (40, 390), (1000, 390)):
+        group(
+            tmp_path / "a",
+            memory__max="1000\n",
+            memory__current="600\n",
+            memory__stat=f"inactive_file 210\nactive_file 40\nfile_mapped {mapped}\n",
+        )
+        assert memory_limits(tmp_path, tmp_path / "self") == [(1000, used)]
 
 
 def test_version_1_limits_and_no_limit(tmp_path: Path) -> None:
