@@ -2,8 +2,9 @@
 
 Run from the project's folder, as root (control groups): `python -m benchmarks.too_big`. Every
 device, daemon and workers together, has so much memory that it cannot hold the weights of a
-random Llama of 370 million parameters in float32 (`--quick`: two devices only). Alone, the same engine
-computes with the same file, whose pages come and go: daemons would refuse. One thread a device.
+random Llama of 370 million parameters in float32 (`--quick`: two devices only). Alone, the same
+engine computes with the same file, whose pages come and go: daemons would refuse. One thread a
+device.
 """
 
 from __future__ import annotations
