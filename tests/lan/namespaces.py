@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -40,15 +41,18 @@ class Host:
 
 
 class Lan:
-    """`with Lan(3, mbit=50) as lan:` gives `lan.hosts`, whose links have that rate each way."""
+    """`with Lan(3, mbit=50) as lan:` gives `lan.hosts`, whose links have that rate each way. What
+    one host sends another arrives `delay_ms` later.
+    """
 
-    def __init__(self, count: int, mbit: float | None = None) -> None:
+    def __init__(self, count: int, mbit: float | None = None, delay_ms: float = 0.0) -> None:
         name = f"cf{os.getpid() % 100_000}x{secrets.token_hex(2)}"
         self.hosts = tuple(
             Host(f"{name}-{i}", f"10.77.0.{i + 1}", f"port{i}") for i in range(count)
         )
         self._switch = f"{name}-lan"
-        self._mbit = mbit
+        self._mbit, self._delay_ms = mbit, delay_ms
+        self._relay: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
         try:
@@ -115,6 +119,9 @@ class Lan:
 
     def close(self) -> None:
         """Delete the namespaces, and with them their links. May be called again."""
+        if self._relay is not None:
+            self._relay.communicate()  # its standard input ends, and so does it
+            self._relay = None
         for namespace in (self._switch, *(host.name for host in self.hosts)):
             subprocess.run(
                 ["ip", "netns", "delete", namespace],
@@ -129,21 +136,36 @@ class Lan:
         _ip("-n", switch, "link", "add", "lan0", "type", "bridge", "mcast_snooping", "0")
         _ip("-n", switch, "link", "set", "lan0", "up")
         for host in self.hosts:
+            _ip("netns", "add", host.name)
+            _ip("-n", host.name, "link", "set", "lo", "up")
+        if self._delay_ms:
+            self._start_relay()
+        for host in self.hosts:
             self._plug_in(host)
         if self._mbit is not None:
             self.set_rate(self._mbit)
 
     def _plug_in(self, host: Host) -> None:
         switch, port = self._switch, host.port_name
-        _ip("netns", "add", host.name)
-        _ip("-n", host.name, "link", "set", "lo", "up")
-        _ip(
-            *("-n", switch, "link", "add", port, "type", "veth"),
-            *("peer", "name", INTERFACE, "netns", host.name),
-        )
+        if self._relay is None:
+            _ip(
+                *("-n", switch, "link", "add", port, "type", "veth"),
+                *("peer", "name", INTERFACE, "netns", host.name),
+            )
         _ip("-n", switch, "link", "set", port, "master", "lan0", "up")
         _ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", INTERFACE)
         _ip("-n", host.name, "link", "set", INTERFACE, "up")
+
+    def _start_relay(self) -> None:
+        """Two cables lie between two hosts, each with half of the delay."""
+        pairs = [f"{h.name}/{INTERFACE}={self._switch}/{h.port_name}" for h in self.hosts]
+        self._relay = subprocess.Popen(
+            [sys.executable, "-m", "tests.lan.relay", str(self._delay_ms / 2000), *pairs],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert self._relay.stdout is not None
+        if self._relay.stdout.readline() != "ready\n":
+            raise RuntimeError("the relay did not start")
 
 
 def _tc(namespace: str, device: str, mbit: float | None) -> None:

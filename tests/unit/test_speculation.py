@@ -14,6 +14,7 @@ from confidantd.wire.sampling import Sampling
 from confidantd.wire.worker import Decode, Token, Tokens
 from confidantd.worker.speculation import (
     LONGEST_MATCH,
+    LOOKED_BACK,
     MOST,
     PATIENCE,
     SHORTEST_MATCH,
@@ -44,8 +45,10 @@ def test_what_followed_the_same_run_is_guessed(tokens: list[int], cut: int, most
 
 
 def passes(pace: Pace, count: int, seconds: Callable[[int], float], gain: int) -> int:
-    """How many of so many passes had guesses."""
+    """How many of so many passes had guesses, in a text that seems to repeat itself."""
     guessing = 0
+    for _ in range(LOOKED_BACK):
+        pace.looked_back(MOST)
     for _ in range(count):
         most = pace.most()
         guessing += most > 0
@@ -66,6 +69,29 @@ def test_guesses_that_do_not_pay_are_rare(gain: int) -> None:
     assert TRIES <= found <= 6 * TRIES
     first = passes(Pace(), WARM_PASSES + TRIES + PATIENCE, lambda guessed: 1.0 + guessed, 1)
     assert first == TRIES
+
+
+def test_a_text_without_repetition_has_no_guesses() -> None:
+    """However cheap they would be: what was not tried is looked back at."""
+    pace = Pace()
+    for _ in range(100):
+        pace.passed(0, 1, 1.0)
+        assert pace.most() == 0
+        pace.looked_back(1)
+    for _ in range(8):
+        pace.looked_back(2)
+    assert pace.most() > 0
+
+
+def test_what_a_guess_would_have_gained_is_known_without_it() -> None:
+    """Two tokens would have come true, then none."""
+    feed = Feed([1, 2, 3, 4, 1], 40, guesses=True, clock=lambda: 0.0)
+    gains: list[int] = []
+    feed._pace.looked_back = gains.append  # type: ignore[method-assign]
+    for token in (2, 3, 4, 9):
+        feed.take([token])
+        assert feed.next(alone=True) == [token]
+    assert gains == [3]
 
 
 def test_guesses_grow_while_they_come_true() -> None:
