@@ -45,7 +45,8 @@ class TrainJob:
 
     async def run(self) -> None:
         """Train and write the output; emits every event but `failed`."""
-        options, folder = self._options, self._log.folder
+        folder = self._log.folder
+        options = await self._services.importer.with_folder(self._options, self._log)
         workload = await asyncio.to_thread(check_training, options, resumed=self._resumed)
         await self._prepare(folder / "train", options.data, workload)
         if options.eval_data is not None:
