@@ -77,7 +77,7 @@ async def _programs(
     except ConfidantError as failure:
         text = f"blocks are not shared out over backends ({failure.message})"
         log.emit({"event": "notice", "code": "not-shared-out", "message": text,
-                  "device": services.self_id, "name": workload.model.name})  # fmt: skip
+                  "device": services.self_id, "name": workload.model.source.name})  # fmt: skip
         return {}
 
 

@@ -62,7 +62,7 @@ class Workload:
         return PlanRequest(
             job=job,
             epoch=epoch,
-            model_name=self.model.name,
+            model_name=self.model.source.name,
             model=self.spec,
             objective="train" if self.method else "serve" if self.load else "generate",
             method=self.method,

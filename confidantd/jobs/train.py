@@ -214,7 +214,8 @@ class TrainJob:
         model = workload.model.path
         with OutputFolder(output, self._log.folder, done) as folder:
             if workload.lora is not None:
-                write_adapter(folder, model, workload.spec, workload.lora, tensors, store)
+                base = workload.model.source
+                write_adapter(folder, base, workload.spec, workload.lora, tensors, store)
             else:
                 write_checkpoint(folder, model, tensors, store)
 

@@ -12,7 +12,7 @@ from confidantd.models.config import Config, end_tokens, read_json
 from confidantd.models.families import family_of, spec_from_config
 from confidantd.models.gguf_format import GgufFormat
 from confidantd.models.imported import INDEX as IMPORTED
-from confidantd.models.imported import imported_name, imported_tensors
+from confidantd.models.imported import imported_tensors, source_of
 from confidantd.models.quantisation import own_formats
 from confidantd.models.safetensors import FLOAT_DTYPES, TensorLocation, read_header
 from confidantd.models.spec import ModelSpec
@@ -31,12 +31,12 @@ _COMPARE_BYTES = 1 << 20
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
     """What a folder holds. `tensors` has exactly those the model needs, under the names that
-    `transformers` writes for the full model, in the model's order. `formats`: of matrices that
-    are quantised there, as a `ModelSpec` names them.
+    `transformers` writes for the full model, in the model's order. `source`: what the user named.
+    `formats`: of matrices that are quantised there, as a `ModelSpec` names them.
     """
 
     path: Path
-    name: str
+    source: Path
     spec: ModelSpec
     tensors: Mapping[str, TensorLocation]
     tokenizer_files: tuple[Path, ...]
@@ -59,7 +59,7 @@ def read_model(folder: Path) -> ModelFolder:
     _check_tied(folder, spec, stored)
     return ModelFolder(
         folder,
-        imported_name(folder) or folder.name,
+        source_of(folder),
         spec,
         tensors,
         _present(folder, _TOKENIZER_FILES),

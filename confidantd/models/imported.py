@@ -32,9 +32,9 @@ def identity(file: Path) -> dict[str, Any]:
     }
 
 
-def imported_name(folder: Path) -> str:
-    """The name of the file; empty for a folder that is a model itself."""
-    return Path(_index(folder)["source"]["file"]).name if (folder / INDEX).is_file() else ""
+def source_of(folder: Path) -> Path:
+    """The file that a folder was made of, or the folder if it is a model itself."""
+    return Path(_index(folder)["source"]["file"]) if (folder / INDEX).is_file() else folder
 
 
 def imported_tensors(folder: Path) -> dict[str, TensorLocation]:

@@ -172,7 +172,7 @@ def test_a_folder_with_an_index_is_a_model(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     (folder / INDEX).write_text(json.dumps(index))
     model = read_model(folder)
-    assert (model.name, model.path) == ("model.gguf", folder)
+    assert (model.source, model.path) == (file, folder)
     assert model.tensors["lm_head.weight"].file == file
     assert set(model.formats.split()) == {
         f"{kind}=INT8:32"
