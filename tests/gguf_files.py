@@ -48,12 +48,15 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{_MODULES['.'.join(module)]}.{kind}"
 
 
-def random_blocks(kind: str, rows: int, width: int, seed: int) -> NDArray[np.uint8]:
+def random_blocks(
+    kind: str, rows: int, width: int, seed: int, spread: float = SPREAD
+) -> NDArray[np.uint8]:
     """A matrix of this type, as bytes [rows, bytes]."""
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     raw = np.random.default_rng(seed).integers(0, 256, (rows, width // block, size), np.uint8)
     for start, factor in _FACTORS[kind].items():
-        raw[..., start : start + 2] = np.array([factor], np.float16).view(np.uint8)
+        scaled = np.array([factor * spread / SPREAD], np.float16)
+        raw[..., start : start + 2] = scaled.view(np.uint8)
     return raw.reshape(rows, -1)
 
 
@@ -129,10 +132,13 @@ def write_gguf(
     describe: Callable[[gguf.GGUFWriter], None] = lambda _: None,
     *,
     made_up: bool = True,
+    spread: float = SPREAD,
+    seed: int = 0,
 ) -> Path:
     """Write a `LlamaForCausalLM` with matrices of the types of `kind_of` (by their names in the
-    file); `model` gets what they are worth. Quantised ones are `made_up` at random; otherwise they
-    are the nearest to the model's, in float16 where rows are no whole blocks, as `llama.cpp` does.
+    file); `model` gets what they are worth. Quantised ones are `made_up` at random, in blocks with
+    this `spread`; otherwise they are the nearest to the model's, in float16 where rows are no
+    whole blocks, as `llama.cpp` does.
     """
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
@@ -142,7 +148,7 @@ def write_gguf(
     if factors is not None:
         writer.add_tensor("rope_freqs.weight", factors)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    for seed, (name, parameter) in enumerate(model.named_parameters()):
+    for number, (name, parameter) in enumerate(model.named_parameters(), 1000 * seed):
         target = gguf_name(name)
         kind = "F32" if parameter.dim() == 1 else kind_of(target)
         order = np.arange(len(parameter))
@@ -155,7 +161,8 @@ def write_gguf(
             kind = "F16"
         if kind in QUANTISED:
             if made_up:
-                stored = random_blocks(kind, *parameter.shape, seed)
+                its = spread if target.startswith("blk.") else SPREAD
+                stored = random_blocks(kind, *parameter.shape, number, its)
             else:
                 stored = quantize(parameter.detach().numpy(), GGMLQuantizationType[kind])
             values = dequantize(stored, GGMLQuantizationType[kind])

@@ -20,6 +20,7 @@ from confidantd.models.gguf_format import OTHER_TYPES, TYPES, GgufType
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
+MAX_HEADER_BYTES = 128 * 1024 * 1024  # 128k tokens with their merges take 10 MB
 MAX_ITEMS = 4_000_000  # of an array; the largest vocabularies have 256k tokens and 500k merges
 MAX_TEXT_BYTES = 16 * 1024 * 1024
 MAX_TENSORS, MAX_KEYS = 100_000, 100_000
@@ -59,7 +60,7 @@ def read_gguf(path: Path) -> GgufHeader:
             if size < 24 or file.read(4) != MAGIC:
                 raise ModelError(f"{path} is not a GGUF file")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _header(path, _Cursor(path, data, size))
+                return _header(path, _Cursor(path, data, size), size)
     except FileNotFoundError:
         raise ModelError(f"there is no file {path}") from None
     except OSError as failure:
@@ -74,14 +75,14 @@ class _Cursor:
     """Goes through the bytes of a header, and nowhere beyond them."""
 
     def __init__(self, path: Path, data: mmap.mmap, size: int) -> None:
-        self.path, self.size, self.at = path, size, len(MAGIC)
+        self.path, self.size, self.at = path, min(size, MAX_HEADER_BYTES), len(MAGIC)
         self._data = data
 
     def take(self, count: int) -> int:
         """Where the next bytes begin."""
         start = self.at
         if count > self.size - start:
-            raise _corrupt(self.path, "it ends within its header")
+            raise _corrupt(self.path, f"its header is longer than {self.size} bytes")
         self.at += count
         return start
 
@@ -121,7 +122,7 @@ class _Cursor:
         return self.numbers(_NUMBERS[inner], length)
 
 
-def _header(path: Path, cursor: _Cursor) -> GgufHeader:
+def _header(path: Path, cursor: _Cursor, size: int) -> GgufHeader:
     (version,) = cursor.numbers("I", 1)
     if version not in VERSIONS:
         raise ModelError(
@@ -145,7 +146,7 @@ def _header(path: Path, cursor: _Cursor) -> GgufHeader:
     start = -(-cursor.at // alignment) * alignment
     found = {}
     for name, kind, shape, offset in described:
-        found[name] = _placed(path, name, kind, shape, start + offset, cursor.size)
+        found[name] = _placed(path, name, kind, shape, start + offset, size)
     return GgufHeader(path, fields, found)
 
 

@@ -169,6 +169,20 @@ def test_a_real_model_gives_the_tokens_of_its_weights(
     assert found == reference_tokens(torch_model, prompt)
 
 
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_mix_of_types_gives_the_tokens_of_its_weights(tmp_path: Path, stages: int) -> None:
+    """Q4_K and Q6_K: a model whose tokens are farther from each other than 8 bits of a hidden
+    state can move them.
+    """
+    torch_model = make_model(rope=LLAMA3)
+    file = write_gguf(tmp_path / "m.gguf", torch_model, mixed, spread=0.03, seed=2)
+    prompt = random_ids(5, 40).tolist()
+    found = gguf_decoder(imported(file, tmp_path / "m"), stages, tmp_path)
+    tokens = found.greedy(prompt, NEW_TOKENS)
+    assert tokens == reference_tokens(torch_model, prompt)
+    assert len(set(tokens)) > 5
+
+
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_products_are_exact(tmp_path: Path, kind: str) -> None:
     """With inputs that 8 bits a block hold without loss, only additions round."""

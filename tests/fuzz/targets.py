@@ -43,8 +43,8 @@ from confidantd.wire.speeds import Speeds
 from confidantd.wire.stage import StageAssignment
 from tests.fuzz import mutation
 from tests.fuzz.examples import example
+from tests.unit.gguf_bytes import SETTINGS, content, tensors_of
 from tests.unit.model_files import GPT2, LLAMA, write_model
-from tests.unit.test_gguf import SETTINGS, content, tensors_of
 
 _VOCABULARY = {
     "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
