@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from confidantd.engine.backends.base import SessionSetting
 from confidantd.engine.backends.cpu import CpuBackend
+from confidantd.engine.block_speed import Bench
 from confidantd.engine.generation.onnx_graph import Graph
 from confidantd.engine.generation.quantised_nodes import quantised_product, table_rows
 from confidantd.engine.generation.stage import FusedStage
@@ -35,12 +36,13 @@ from confidantd.models.gguf_model import config_of, places_of
 from confidantd.models.imported import INDEX, identity
 from confidantd.models.quantisation import own_spec
 from confidantd.models.safetensors import TensorLocation
+from confidantd.models.spec import ProgramRequest
 from confidantd.wire.stage import TensorEntry
 from confidantd.wire.worker import BlobRange
 from confidantd.worker.blobs import any_reader, reader, scratch_bytes
 from tests.component.engine_models import Decoder, random_ids, stage_specs
 from tests.component.test_engine_decoding import real_model
-from tests.gguf_files import QUANTISED, random_blocks, write_gguf
+from tests.gguf_files import QUANTISED, describe_tokenizer, random_blocks, write_gguf
 
 NEW_TOKENS = 32
 LLAMA3 = {
@@ -133,6 +135,23 @@ def mixed(name: str) -> str:
 
 
 KINDS = {kind: only(kind) for kind in (*QUANTISED, "F32", "F16", "BF16")} | {"mixed": mixed}
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "mixed"])
+def test_the_files_are_such_as_transformers_reads(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own reader of GGUF files finds the same model: the order of rows is `llama.cpp`'s."""
+    monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)  # a thread that outlives its test
+    source = real_model("stories260K").path / "tokenizer.json"
+    describe = describe_tokenizer(
+        json.loads(source.read_text()), bos_token_id=1, eos_token_id=2, unknown_token_id=0
+    )
+    torch_model, ids = make_model(), torch.tensor(random_ids(5, 1, 40))
+    write_gguf(tmp_path / "m.gguf", torch_model, KINDS[kind], describe)
+    read: Any = LlamaForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(read(ids).logits, torch_model(ids).logits)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -236,6 +255,15 @@ def test_the_packed_weights_leave_memory(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"m.gguf", "m"}
     for name, weight in stage._weights.items():
         assert isinstance(weight, np.memmap), name
+
+
+def test_its_blocks_can_be_measured(tmp_path: Path) -> None:
+    """With some numbers in the formats that the file has."""
+    model = imported(write_gguf(tmp_path / "m.gguf", make_model(), mixed), tmp_path / "m")
+    request = ProgramRequest(own_spec(model.spec, model.formats), "generate")
+    found = Bench(request, {}, 1, ends=True, traffic=lambda _: 0.0).speeds(lambda *_: None)
+    assert found.forward > 0
+    assert found.head
 
 
 def test_a_full_disk_is_a_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
