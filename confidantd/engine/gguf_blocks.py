@@ -1,7 +1,7 @@
 """The numbers in GGUF's blocks, as the format defines them.
 
 A weight is scale * number, plus the block's minimum in types that have one. `numbers` are whole,
-[rows, blocks, block] as int16; `scales` and `minima` [rows, blocks] in float32.
+[rows, blocks, block] as int8; `scales` and `minima` [rows, blocks] in float32.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Blocks:
     Products are exacter with numbers around 0: those with large ones would cancel each other.
     """
 
-    numbers: NDArray[np.int16]
+    numbers: NDArray[np.int8]
     scales: Floats
     minima: Floats | None = None
     middle: int = 0
@@ -47,24 +47,24 @@ def _half(raw: Bytes, start: int) -> Floats:
     return np.ascontiguousarray(raw[..., start : start + 2]).view("<f2")[..., 0].astype(np.float32)
 
 
-def _nibbles(raw: Bytes) -> NDArray[np.int16]:
+def _nibbles(raw: Bytes) -> NDArray[np.int8]:
     """Lower halves of all bytes, then upper ones."""
-    return np.concatenate([raw & 15, raw >> 4], axis=-1).astype(np.int16)
+    return np.concatenate([raw & 15, raw >> 4], axis=-1).astype(np.int8)
 
 
-def _fifth_bits(raw: Bytes) -> NDArray[np.int16]:
+def _fifth_bits(raw: Bytes) -> NDArray[np.int8]:
     """Of four bytes, a bit for each of 32 weights, as 0 or 16."""
     bits = np.unpackbits(np.ascontiguousarray(raw), axis=-1, bitorder="little")
-    return bits.astype(np.int16) << 4
+    return bits.astype(np.int8) << 4
 
 
 def _q8_0(raw: Bytes) -> Blocks:
-    numbers = np.ascontiguousarray(raw[..., 2:]).view(np.int8).astype(np.int16)
+    numbers = np.ascontiguousarray(raw[..., 2:]).view(np.int8)
     return Blocks(numbers, _half(raw, 0))
 
 
 def _q4_0(raw: Bytes) -> Blocks:
-    return Blocks(_nibbles(raw[..., 2:]) - np.int16(8), _half(raw, 0))
+    return Blocks(_nibbles(raw[..., 2:]) - np.int8(8), _half(raw, 0))
 
 
 def _q4_1(raw: Bytes) -> Blocks:
@@ -73,7 +73,7 @@ def _q4_1(raw: Bytes) -> Blocks:
 
 def _q5_0(raw: Bytes) -> Blocks:
     numbers = _nibbles(raw[..., 6:]) | _fifth_bits(raw[..., 2:6])
-    return Blocks(numbers - np.int16(16), _half(raw, 0))
+    return Blocks(numbers - np.int8(16), _half(raw, 0))
 
 
 def _q5_1(raw: Bytes) -> Blocks:
@@ -90,7 +90,7 @@ def _scales_and_minima(raw: Bytes) -> tuple[Floats, Floats]:
     return scales, -(_half(raw, 2)[..., None] * lows.astype(np.float32))
 
 
-def _pairs(raw: Bytes) -> NDArray[np.int16]:
+def _pairs(raw: Bytes) -> NDArray[np.int8]:
     """128 bytes as 8 blocks of 32: the lower halves of 32 bytes, then their upper ones."""
     parts = raw.reshape(*raw.shape[:-1], 4, 32)
     return _nibbles(parts).reshape(*raw.shape[:-1], 8, 32)
@@ -102,7 +102,7 @@ def _q4_k(raw: Bytes) -> Blocks:
 
 def _q5_k(raw: Bytes) -> Blocks:
     high = raw[..., 16:48, None] >> np.arange(8, dtype=np.uint8) & 1
-    fifths = np.swapaxes(high, -1, -2).astype(np.int16) << 4
+    fifths = np.swapaxes(high, -1, -2).astype(np.int8) << 4
     return _of_super(_pairs(raw[..., 48:]) | fifths, *_scales_and_minima(raw), 16)
 
 
@@ -111,14 +111,14 @@ def _q6_k(raw: Bytes) -> Blocks:
     low = _nibbles(raw[..., :128].reshape(*raw.shape[:-1], 2, 64))
     shifts = np.arange(0, 8, 2, dtype=np.uint8)
     high = raw[..., 128:192].reshape(*raw.shape[:-1], 2, 1, 32) >> shifts[:, None] & 3
-    high = high.reshape(low.shape).astype(np.int16) << 4
-    numbers = ((low | high) - np.int16(32)).reshape(*raw.shape[:-1], 16, 16)
+    high = high.reshape(low.shape).astype(np.int8) << 4
+    numbers = ((low | high) - np.int8(32)).reshape(*raw.shape[:-1], 16, 16)
     factors = np.ascontiguousarray(raw[..., 192:208]).view(np.int8).astype(np.float32)
     return _of_super(numbers, _half(raw, 208)[..., None] * factors)
 
 
 def _of_super(
-    numbers: NDArray[np.int16], scales: Floats, minima: Floats | None = None, middle: int = 0
+    numbers: NDArray[np.int8], scales: Floats, minima: Floats | None = None, middle: int = 0
 ) -> Blocks:
     """Of the K types: blocks of blocks, as if there were only the small ones."""
     rows, inner = len(numbers), numbers.shape[-1]

@@ -40,11 +40,9 @@ def gguf_matrix(
     numbers = scratch.region(blocks, np.uint8)
     scales = scratch.region(blocks[:2], np.float32)
     offsets = scratch.region(blocks[:2], np.float32) if packed.offsets else None
-    order = np.arange(rows)
-    if form.heads:
-        order = plain_rows(order, form.heads)
+    order = plain_rows(np.arange(rows), form.heads) if form.heads else None
     for some in row_ranges(rows, width):
-        found = blocks_of(form.type.name, raw[order[some]])
+        found = blocks_of(form.type.name, raw[some if order is None else order[some]])
         numbers.write(some.start, _packed(found, packed))
         scales.write(some.start, found.scales)
         if offsets is not None:
@@ -60,9 +58,9 @@ def gguf_matrix(
 
 
 def _packed(found: Blocks, form: BlockFormat) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """From 0 up."""
-    whole = found.numbers + np.int16((1 << (form.bits - 1)) - found.middle)
-    return packed_numbers(whole.astype(np.uint8), form)
+    """From 0 up: a byte that overflows is right again."""
+    whole = found.numbers.view(np.uint8) + np.uint8((1 << (form.bits - 1)) - found.middle)
+    return packed_numbers(whole, form)
 
 
 def _offsets(found: Blocks) -> Floats:
