@@ -18,7 +18,7 @@ from confidantd.models.gguf_format import GgufFormat
 def matrix_room(form: GgufFormat, shape: tuple[int, ...]) -> int:
     """What `gguf_matrix` takes of the scratch file."""
     packed = form.type.packed
-    if packed is None or len(shape) != 2:
+    if packed is None or not form.fits(shape):
         return 0
     numbers = packed.packed_shape((shape[0], shape[1]))
     blocks = Scratch.room(4 * numbers[0] * numbers[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -42,12 +43,16 @@ class Scratch:
     """Room for arrays of `size` bytes at the most, in `folder`. The arrays outlive the context."""
 
     def __init__(self, folder: Path, size: int) -> None:
+        shape = (max(size, 1),)
         try:
-            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
-            os.truncate(self._file.fileno(), max(size, 1))
-        except OSError as failure:
-            raise StorageError(f"cannot write in {folder} ({failure.strerror})") from None
-        self._map = np.memmap(self._file, np.uint8, mode="r", shape=(max(size, 1),))
+            with contextlib.ExitStack() as stack:
+                file = stack.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0))
+                os.truncate(file.fileno(), shape[0])
+                self._map = np.memmap(file, np.uint8, mode="r", shape=shape)
+                self._descriptor, self._open = file.fileno(), stack.pop_all()
+        except (OSError, OverflowError) as failure:
+            reason = getattr(failure, "strerror", None) or "too large"
+            raise StorageError(f"cannot write in {folder} ({reason})") from None
         self._end = 0
 
     @staticmethod
@@ -60,7 +65,7 @@ class Scratch:
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         start, self._end = self._end, self._end + self.room(size)
         array = self._map[start : start + size].view(dtype).reshape(shape)
-        return Region(self._file.fileno(), start, array)
+        return Region(self._descriptor, start, array)
 
     def __enter__(self) -> Self:
         return self
@@ -71,4 +76,4 @@ class Scratch:
         failure: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        self._open.close()

@@ -18,7 +18,7 @@ from confidantd.models.folder import read_model
 from confidantd.models.gguf import read_gguf
 from confidantd.models.gguf_model import config_of, places_of
 from confidantd.models.imported import INDEX, identity
-from confidantd.store.files import storage_error
+from confidantd.store.files import write_atomically
 
 
 def import_file(file: Path, folder: Path) -> None:
@@ -32,10 +32,7 @@ def import_file(file: Path, folder: Path) -> None:
         **tokenizer_of(header),
     }
     for name, content in written.items():
-        try:
-            (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-        except OSError as failure:
-            raise storage_error(folder / name, failure) from None
+        write_atomically(folder / name, json.dumps(content).encode())
     try:
         read_model(folder)
         load_tokenizer(folder)

@@ -54,8 +54,8 @@ class Importer:
 
     async def _make(self, file: Path, target: Path) -> None:
         partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-        await asyncio.to_thread(self._begin, partial)
         try:
+            await asyncio.to_thread(self._begin, partial)
             await run_module(
                 "confidantd.jobs.gguf_import",
                 [str(file), str(partial)],
@@ -68,14 +68,16 @@ class Importer:
             await asyncio.shield(asyncio.to_thread(shutil.rmtree, partial, ignore_errors=True))
 
     def _begin(self, partial: Path) -> None:
-        """A new folder; the oldest ones make room for it."""
+        """A new folder; the oldest ones make room for it, and those that never were finished."""
         try:
-            partial.mkdir(parents=True)
+            self._folder.mkdir(parents=True, exist_ok=True)
             others = sorted(self._folder.iterdir(), key=lambda path: -path.stat().st_mtime_ns)
+            whole = [path for path in others if not path.name.startswith(".")]
+            for folder in {*others} - {*whole[: MAX_REMEMBERED - 1]}:
+                shutil.rmtree(folder, ignore_errors=True)
+            partial.mkdir()
         except OSError as failure:
             raise storage_error(partial, failure) from None
-        for folder in others[MAX_REMEMBERED:]:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _key(file: Path) -> str:

@@ -46,30 +46,21 @@ _CLOSE = 1e-3  # of the factors of frequencies, which a file has in float32
 
 def config_of(header: GgufHeader) -> dict[str, Any]:
     """The `config.json`; `UnsupportedArchitectureError` names what cannot be computed."""
-    where = str(header.path)
-    fields = Config(header.fields, where)
-    architecture = fields.text("general.architecture", "")
-    if architecture not in ARCHITECTURES:
-        raise UnsupportedArchitectureError(
-            f"{where}: the architecture {architecture!r:.40} is not read from GGUF files",
-            f"supported: {', '.join(ARCHITECTURES)}",
-        )
-    own = _own_settings(header, architecture)
+    own = _own_settings(header)
     hidden, heads = own.size("embedding_length"), own.size("attention.head_count")
     kv_heads = own.size("attention.head_count_kv", heads)
     head_dim = own.size("attention.key_length", hidden // heads or None)
     for key in ("attention.value_length", "rope.dimension_count"):
         own.refuse(key, head_dim)
-    layers = own.size("block_count")
     if "token_embd.weight" not in header.tensors:
-        raise MissingTensorError(f"{where} lacks the tensor token_embd.weight")
+        raise MissingTensorError(f"{header.path} lacks the tensor token_embd.weight")
     theta = own.number("rope.freq_base", 10000.0)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": hidden,
         "intermediate_size": own.size("feed_forward_length"),
-        "num_hidden_layers": layers,
+        "num_hidden_layers": own.size("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
@@ -87,8 +78,14 @@ def config_of(header: GgufHeader) -> dict[str, Any]:
     }
 
 
-def _own_settings(header: GgufHeader, architecture: str) -> Config:
+def _own_settings(header: GgufHeader) -> Config:
     """The settings of the architecture, without its name; one number of all layers for lists."""
+    architecture = Config(header.fields, str(header.path)).text("general.architecture", "")
+    if architecture not in ARCHITECTURES:
+        raise UnsupportedArchitectureError(
+            f"{header.path}: the architecture {architecture!r:.40} is not read from GGUF files",
+            f"supported: {', '.join(ARCHITECTURES)}",
+        )
     prefix = f"{architecture}."
     found = {}
     for key, value in header.fields.items():

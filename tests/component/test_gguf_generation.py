@@ -275,6 +275,12 @@ def test_a_full_disk_is_a_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
         scratch.region((4,), np.float32).write(0, np.ones(4, np.float32))
 
 
+def test_no_scratch_file_is_a_clear_line(tmp_path: Path) -> None:
+    for folder, size in ((tmp_path / "missing", 64), (tmp_path, 1 << 62), (tmp_path, 1 << 70)):
+        with pytest.raises(StorageError, match="cannot write in"):
+            Scratch(folder, size)
+
+
 def test_a_file_that_became_shorter_is_a_clear_line(tmp_path: Path) -> None:
     """A worker trusts no size."""
     (tmp_path / "blocks").write_bytes(bytes(33))
