@@ -47,7 +47,7 @@ def gguf_matrix(
         scales.write(some.start, found.scales)
         if offsets is not None:
             offsets.write(some.start, _offsets(found))
-    forget_pages(raw)
+        forget_pages(raw)
     return Quantised(
         packed,
         (rows, width),
