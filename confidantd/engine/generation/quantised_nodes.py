@@ -60,8 +60,9 @@ def table_rows(graph: Graph, name: str, table: Quantised, indices: str) -> str:
     numbers = _gathered(graph, f"{name}.numbers", table.numbers, indices)
     if table.format.bits == 4:
         numbers = _halves(graph, numbers, table.format.block)
+    else:
+        numbers = graph.node("Cast", (numbers,), to=onnx_bytes.FLOAT)
     middle = graph.constant(graph.new(), np.array(1 << (table.format.bits - 1), np.float32))
-    numbers = graph.node("Cast", (numbers,), to=onnx_bytes.FLOAT)
     rows = graph.node("Sub", (numbers, middle))
     scales = np.require(table.scales, np.float32)
     rows = graph.node("Mul", (rows, _column(graph, f"{name}.scales", scales, indices)))
@@ -82,10 +83,13 @@ def _column(graph: Graph, name: str, array: np.ndarray, indices: str) -> str:
 
 
 def _halves(graph: Graph, numbers: str, block: int) -> str:
-    """Bytes [b, T, blocks, n] as two numbers of 4 bits each, [b, T, blocks, 2 n]."""
+    """Bytes [b, T, blocks, n] as two numbers of 4 bits each, [b, T, blocks, 2 n] in float32."""
     sixteen = graph.constant(graph.new(), np.array(16, np.uint8))
     axis = graph.constant(graph.new(), np.array([-1]))
     shape = graph.constant(graph.new(), np.array([0, 0, -1, block]))
-    parts = [graph.node(operator, (numbers, sixteen)) for operator in ("Mod", "Div")]
-    parts = [graph.node("Unsqueeze", (part, axis)) for part in parts]
+    part = graph.constant(graph.new(), np.array(1 / 16, np.float32))
+    bytes_ = (numbers, graph.node("Mod", (numbers, sixteen)))
+    whole, low = (graph.node("Cast", (value,), to=onnx_bytes.FLOAT) for value in bytes_)
+    high = graph.node("Mul", (graph.node("Sub", (whole, low)), part))
+    parts = [graph.node("Unsqueeze", (half, axis)) for half in (low, high)]
     return graph.node("Reshape", (graph.node("Concat", parts, axis=-1), shape))
