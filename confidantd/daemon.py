@@ -27,6 +27,7 @@ from confidantd.identity.certificate import load_or_create
 from confidantd.identity.trust import TrustStore
 from confidantd.ids import DeviceId
 from confidantd.jobs.coordinator import Coordinator
+from confidantd.jobs.importing import Importer
 from confidantd.jobs.measuring import SpeedMeasuring
 from confidantd.jobs.peers import Peers
 from confidantd.jobs.pipeline import PipelineRouter
@@ -122,6 +123,7 @@ class Daemon:
             index=ModelIndex(store),
             programs=Programs(peers, store, home, can_compile="compiler" in roles()),
             quantiser=Quantiser(store, home),
+            importer=Importer(home),
             router=self._router,
             open_api=self._open_api,
         )

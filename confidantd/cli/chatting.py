@@ -20,6 +20,7 @@ from confidantd.cli.option_types import path
 from confidantd.cli.output import plain, print_error, print_json
 from confidantd.cli.serving import until_served
 from confidantd.errors import ConfidantError, ModelNotFoundError
+from confidantd.models.imported import is_file_model
 
 PROMPT = "> "
 HELP = "/clear begins anew, /exit or Ctrl-D ends the chat, Ctrl-C stops an answer"
@@ -54,10 +55,10 @@ async def _served(
     names = [m["id"] for m in known if m["id"] == model or (m["root"] == str(folder))]
     if names and not options:
         yield names[0]
-    elif not folder.is_dir():
+    elif not folder.is_dir() and not is_file_model(str(folder)):
         raise ModelNotFoundError(
             f"there is neither a model folder {model} nor a model of that name that is served",
-            "give a folder with config.json, *.safetensors and tokenizer files",
+            "give a folder with config.json, *.safetensors and tokenizer files, or a .gguf file",
         )
     else:
         taken = {m["id"] for m in known}

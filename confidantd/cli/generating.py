@@ -19,6 +19,7 @@ from confidantd.errors import (
 )
 
 PHASES = {
+    "import": "reading the model file (once per file)",
     "compile": "compiling programs (once per model)",
     "quantise": "quantising weights (once per model)",
     "distribute": "sending layers",

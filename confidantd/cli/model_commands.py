@@ -213,8 +213,8 @@ def serve(detach: bool, **given: Any) -> None:
 @_devices
 @common
 def chat(model: str, **given: Any) -> None:
-    """Talk to MODEL: a folder, or the name of a model that is served. Ctrl-C stops an answer,
-    Ctrl-D ends the chat.
+    """Talk to MODEL: a folder, a GGUF file, or the name of a model that is served. Ctrl-C stops
+    an answer, Ctrl-D ends the chat.
     """
     from confidantd.cli.chatting import run_chat
 

@@ -28,6 +28,7 @@ Event = dict[str, Any]
 Events = AsyncGenerator[Event, None]
 
 PHASES = {
+    "import": "reading the model file (once per file)",
     "prepare": "reading the text",
     "recover": "going on after a loss",
     "compile": "compiling programs",

@@ -2,7 +2,8 @@
 
 A row [in] of a matrix [out, in] is cut into blocks; each has a scale, and each weight is its
 scale times a whole number from -8 to 7 (4 bits) or -127 to 127 (8 bits), stored with 8 or 128
-added. Two numbers of 4 bits share a byte, the first in its lower half.
+added. Two numbers of 4 bits share a byte, the first in its lower half. In some formats each block
+has an offset that is added to its weights; `MatMulNBits` does not know of it.
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ _SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84)
 
 @dataclass(frozen=True, slots=True)
 class Quantised:
-    """A matrix [out, in]: `numbers` as bytes [out, blocks, ...], `scales` [out, blocks]."""
+    """A matrix [out, in]: `numbers` as bytes [out, blocks, ...], `scales` and `offsets`
+    [out, blocks].
+    """
 
     format: BlockFormat
     shape: tuple[int, int]
     numbers: NDArray[np.uint8]
-    scales: NDArray[np.float16]
+    scales: NDArray[np.float16] | Floats
+    offsets: Floats | None = None
 
     @classmethod
     def of_bytes(cls, form: BlockFormat, shape: tuple[int, int], data: NDArray[np.uint8]) -> Self:
@@ -57,6 +61,8 @@ class Quantised:
             numbers = halves.reshape(*numbers.shape[:2], self.format.block)
         middle = 1 << (self.format.bits - 1)
         found = (numbers.astype(np.float32) - middle) * self.scales[..., None].astype(np.float32)
+        if self.offsets is not None:
+            found += self.offsets[..., None]
         return found.reshape(self.shape[0], -1)[:, : self.shape[1]]
 
 
@@ -64,8 +70,8 @@ def quantised_from_file(
     path: Path, offset: int, form: BlockFormat, shape: tuple[int, ...]
 ) -> Quantised:
     """What `to_bytes` wrote at `offset` of a file; a read-only memory map."""
-    if len(shape) != 2 or min(shape) < 1:
-        raise ModelError(f"{path}: a quantised tensor must be a matrix")
+    if len(shape) != 2 or min(shape) < 1 or form.offsets:
+        raise ModelError(f"{path}: a quantised tensor must be a matrix without offsets")
     sides = (shape[0], shape[1])
     try:
         if path.stat().st_size < offset + form.size(sides):
@@ -82,7 +88,9 @@ def any_quantised(form: BlockFormat, shape: tuple[int, int], name: str) -> Quant
     """
     packed = form.packed_shape(shape)
     some = np.random.default_rng(list(name.encode())).integers(0, 256, _SOME_BYTES, np.uint8)
-    return Quantised(form, shape, np.resize(some, packed), np.full(packed[:2], 1e-4, np.float16))
+    offsets = np.full(packed[:2], 1e-4, np.float32) if form.offsets else None
+    scales = np.full(packed[:2], 1e-4, np.float16)
+    return Quantised(form, shape, np.resize(some, packed), scales, offsets)
 
 
 def quantise(matrix: NDArray[Any], form: BlockFormat) -> Quantised:
@@ -92,18 +100,24 @@ def quantise(matrix: NDArray[Any], form: BlockFormat) -> Quantised:
     rows, width = matrix.shape
     packed = form.packed_shape((rows, width))
     numbers, scales = np.empty(packed, np.uint8), np.empty(packed[:2], np.float16)
-    for some in _row_ranges(rows, width):
+    for some in row_ranges(rows, width):
         part = np.zeros((some.stop - some.start, packed[1] * form.block), np.float32)
         part[:, :width] = matrix[some]
         blocks = part.reshape(part.shape[0], packed[1], form.block)
         whole, scales[some] = _eight(blocks) if form.bits == 8 else _four(blocks)
         if not np.isfinite(scales[some]).all():
             raise ValueError("a number is not finite, or too large")
-        numbers[some] = whole if form.bits == 8 else whole[..., 0::2] | whole[..., 1::2] << 4
+        numbers[some] = packed_numbers(whole, form)
     return Quantised(form, (rows, width), numbers, scales)
 
 
-def _row_ranges(rows: int, width: int) -> Iterator[slice]:
+def packed_numbers(whole: NDArray[np.uint8], form: BlockFormat) -> NDArray[np.uint8]:
+    """Numbers [..., block] from 0 up as bytes."""
+    return whole if form.bits == 8 else whole[..., 0::2] | whole[..., 1::2] << np.uint8(4)
+
+
+def row_ranges(rows: int, width: int) -> Iterator[slice]:
+    """Of as many weights as are worked on at once."""
     step = max(1, _SOME_WEIGHTS // max(width, 1))
     for start in range(0, rows, step):
         yield slice(start, min(rows, start + step))

@@ -32,8 +32,8 @@ class GenerateJob:
 
     async def run(self) -> None:
         """Generate; emits `token` events and `done`."""
-        options = self._options
-        options.check()
+        self._options.check()
+        options = await self._services.importer.with_folder(self._options, self._log)
         folder = await asyncio.to_thread(model_folder, options.model)
         log = self._services.home / "logs" / "text.log"
         text = await TextProcess.start(folder, log)

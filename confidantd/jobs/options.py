@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from confidantd.errors import DataError, ModelError, OutputError, ProtocolError, UsageError
+from confidantd.models.imported import is_file_model
 from confidantd.wire.codec import from_map
 from confidantd.wire.jobs import OwnerEnds
 from confidantd.wire.passes import MOST_ROWS
@@ -236,12 +237,12 @@ def options_from(cls: type[_T], request: Mapping[str, Any]) -> _T:
 
 
 def model_folder(path: str) -> Path:
-    """The model's folder; `ModelError` if there is none."""
+    """The model's folder, or the file that it is; `ModelError` if there is none."""
     folder = Path(path)
-    if not folder.is_dir():
+    if not folder.is_dir() and not is_file_model(path):
         raise ModelError(
             f"there is no model folder {path}",
-            "give a folder with config.json, *.safetensors and tokenizer files",
+            "give a folder with config.json, *.safetensors and tokenizer files, or a .gguf file",
         )
     return folder
 

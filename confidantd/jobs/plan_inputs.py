@@ -11,7 +11,7 @@ from confidantd.errors import DeviceError, UsageError
 from confidantd.ids import DeviceId, short_id
 from confidantd.models.layout import cached_width
 from confidantd.models.programs import worth_splitting
-from confidantd.models.quantisation import block_bytes, head_bytes
+from confidantd.models.quantisation import block_bytes, embedding_bytes, head_bytes
 from confidantd.models.saved import saved_floats
 from confidantd.models.spec import ProgramRequest
 from confidantd.models.tensors import (
@@ -193,6 +193,7 @@ def plan_workload(request: PlanRequest) -> Workload:
         splits=not model.quantised and worth_splitting(program_request(request)),
         load=request.load,
         block_bytes=block_bytes(model) if model.quantised else 0,
+        embedding_bytes=embedding_bytes(model) if model.quantised else 0,
         head_bytes=head_bytes(model) if model.quantised else 0,
     )
 

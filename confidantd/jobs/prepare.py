@@ -21,6 +21,7 @@ from confidantd.models.quantisation import quantised_matrices
 from confidantd.models.safetensors import TensorLocation
 from confidantd.models.spec import ProgramRequest
 from confidantd.models.stage_parts import stage_parts
+from confidantd.models.tensors import head_sources
 from confidantd.planner.costs import PlanDevice
 from confidantd.swarm.state import PeerView
 from confidantd.wire.codec import from_map, to_map
@@ -76,7 +77,7 @@ async def _programs(
     except ConfidantError as failure:
         text = f"blocks are not shared out over backends ({failure.message})"
         log.emit({"event": "notice", "code": "not-shared-out", "message": text,
-                  "device": services.self_id, "name": workload.model.path.name})  # fmt: skip
+                  "device": services.self_id, "name": workload.model.source.name})  # fmt: skip
         return {}
 
 
@@ -169,9 +170,10 @@ async def _tensors(
 ) -> Mapping[str, TensorEntry]:
     """The checkpoint's tensors, and in the place of matrices what they are quantised to."""
     model, spec = workload.model, workload.spec
+    if workload.quantise == "none":
+        stored = {head_sources(spec)[-1].name: model.tensors[head_sources(model.spec)[-1].name]}
+        return await _entries(services, {**model.tensors, **stored}, whole.tensor_names(spec))
     entries = await _entries(services, model.tensors, whole.tensor_names(model.spec))
-    if not spec.quantised:
-        return entries
 
     def progress(name: str, done: int, of: int) -> None:
         emit_progress(log, "quantise", done, of, name)

@@ -182,8 +182,8 @@ class ServeJob:
         return self._context - len(prompt)
 
     async def _run(self) -> None:
-        options = self._options
-        options.check()
+        self._options.check()
+        options = await self._services.importer.with_folder(self._options, self._log)
         folder = await asyncio.to_thread(model_folder, options.model)
         log = self._services.home / "logs" / "text.log"
         text = self._text = await TextProcess.start(folder, log, options.chat_template)

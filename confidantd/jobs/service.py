@@ -118,6 +118,7 @@ class Jobs:
     async def plan(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The plan that a job with these options would get now, or with the fleet of a file."""
         options = options_from(PlanOptions, request)
+        options = await self._services.importer.with_folder(options)
         workload = await asyncio.to_thread(planned_workload, options)
         asked = workload.plan_request(PLAN_ONLY, FIRST_EPOCH, options.devices)
         asked = replace(asked, explain=True)
@@ -128,7 +129,8 @@ class Jobs:
     async def train(self, request: Mapping[str, Any]) -> JobLog:
         """Start training; what can be refused at once is raised here."""
         options = options_from(TrainOptions, request)
-        await asyncio.to_thread(check_training, options)
+        found = await self._services.importer.with_folder(options)
+        await asyncio.to_thread(check_training, found)
         self._check_free(options.output)
         log = self._new("train", options.model)
         log.record.output, log.lasts = options.output, True
@@ -172,7 +174,8 @@ class Jobs:
             if output is not None:
                 request["output"] = log.record.output = output
             options = options_from(TrainOptions, request)
-            await asyncio.to_thread(check_training, options, resumed=True)
+            found = await self._services.importer.with_folder(options)
+            await asyncio.to_thread(check_training, found, resumed=True)
             await asyncio.to_thread(check_text, log.folder, options)
             self._check_free(options.output)
             await asyncio.to_thread(_keep_request, log.folder, request)
@@ -212,12 +215,18 @@ class Jobs:
         """Start serving a model; what can be refused at once is raised here."""
         options = options_from(ServeOptions, request)
         options.check()
-        await asyncio.to_thread(serve_workload, options)
-        await self._free_name(options.public_name)
+        found = await self._services.importer.with_folder(options)
+        await asyncio.to_thread(serve_workload, found)
         log = self._new("serve", options.model)
-        if options.stays:
-            log.lasts = True
-            await asyncio.to_thread(_keep_request, log.folder, request)
+        try:
+            if options.stays:
+                log.lasts = True
+                await asyncio.to_thread(_keep_request, log.folder, request)
+            await self._free_name(options.public_name)  # and taken before anything else happens
+        except BaseException:
+            del self._logs[log.record.id]
+            await asyncio.shield(asyncio.to_thread(shutil.rmtree, log.folder, ignore_errors=True))
+            raise
         self._start_serving(log, options)
         return log
 

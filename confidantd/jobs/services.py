@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from confidantd.errors import IdentityConflictError
 from confidantd.ids import DeviceId
+from confidantd.jobs.importing import Importer
 from confidantd.jobs.peers import Peers
 from confidantd.jobs.pipeline import PipelineRouter
 from confidantd.jobs.programs import Programs
@@ -47,6 +48,7 @@ class JobServices:
     index: ModelIndex
     programs: Programs
     quantiser: Quantiser
+    importer: Importer
     router: PipelineRouter
     open_api: Callable[[], Awaitable[str]]  # for clients of served models; gives its URL
 

@@ -22,7 +22,7 @@ from confidantd.jobs.options import (
 )
 from confidantd.models.adapter import read_adapter
 from confidantd.models.folder import ModelFolder, read_model
-from confidantd.models.quantisation import quantised_spec
+from confidantd.models.quantisation import own_spec, quantised_spec
 from confidantd.models.safetensors import TensorLocation
 from confidantd.models.spec import LoraSpec, Method, ModelSpec, ProgramRequest
 from confidantd.models.tensors import check_targets, default_targets
@@ -52,7 +52,9 @@ class Workload:
 
     @property
     def spec(self) -> ModelSpec:
-        """The model as the job computes with it."""
+        """The model as the job computes with it. Training needs all bits."""
+        if self.method is None and self.quantise == "none":
+            return own_spec(self.model.spec, self.model.formats)
         return quantised_spec(self.model.spec, self.quantise)
 
     def plan_request(self, job: JobId, epoch: int, devices: tuple[str, ...]) -> PlanRequest:
@@ -60,7 +62,7 @@ class Workload:
         return PlanRequest(
             job=job,
             epoch=epoch,
-            model_name=self.model.path.name,
+            model_name=self.model.source.name,
             model=self.spec,
             objective="train" if self.method else "serve" if self.load else "generate",
             method=self.method,

@@ -45,7 +45,8 @@ class TrainJob:
 
     async def run(self) -> None:
         """Train and write the output; emits every event but `failed`."""
-        options, folder = self._options, self._log.folder
+        folder = self._log.folder
+        options = await self._services.importer.with_folder(self._options, self._log)
         workload = await asyncio.to_thread(check_training, options, resumed=self._resumed)
         await self._prepare(folder / "train", options.data, workload)
         if options.eval_data is not None:
@@ -213,7 +214,8 @@ class TrainJob:
         model = workload.model.path
         with OutputFolder(output, self._log.folder, done) as folder:
             if workload.lora is not None:
-                write_adapter(folder, model, workload.spec, workload.lora, tensors, store)
+                base = workload.model.source
+                write_adapter(folder, base, workload.spec, workload.lora, tensors, store)
             else:
                 write_checkpoint(folder, model, tensors, store)
 

@@ -10,26 +10,34 @@ from typing import Literal, Self, cast
 Bits = Literal[4, 8]
 SCALE_BYTES = 2  # float16, as stored
 PACKED_BYTES = 12  # beside the numbers of a block, in memory
-_NAME = re.compile(r"INT([48]):(16|32|64|128|256)")
+OFFSET_BYTES = 4
+_NAME = re.compile(r"INT([48]):(16|32|64|128|256)(\+?)")
 
 
 @dataclass(frozen=True, slots=True)
 class BlockFormat:
-    """So many bits a weight, and so many weights a scale."""
+    """So many bits a weight, and so many weights a scale. `offsets`: to the weights of each block
+    a number is added; files of ours have none.
+    """
 
     bits: Bits
     block: int
+    offsets: bool = False
 
     @classmethod
     def parse(cls, name: str) -> Self | None:
         """From its name; None if it is none."""
         found = _NAME.fullmatch(name)
-        return None if found is None else cls(cast("Bits", int(found[1])), int(found[2]))
+        return (
+            None
+            if found is None
+            else cls(cast("Bits", int(found[1])), int(found[2]), found[3] == "+")
+        )
 
     @property
     def name(self) -> str:
         """As the `dtype` of a tensor."""
-        return f"INT{self.bits}:{self.block}"
+        return f"INT{self.bits}:{self.block}{'+' if self.offsets else ''}"
 
     def blocks(self, width: int) -> int:
         """Of a row."""
@@ -43,7 +51,13 @@ class BlockFormat:
         """Bytes of a matrix that is computed with: ONNX Runtime packs the numbers, with scales and
         block sums in float32, and keeps the scales that it was given.
         """
-        return math.prod(self.packed_shape(shape)) + PACKED_BYTES * shape[0] * self.blocks(shape[1])
+        beside = PACKED_BYTES + (OFFSET_BYTES if self.offsets else 0)
+        return math.prod(self.packed_shape(shape)) + beside * shape[0] * self.blocks(shape[1])
+
+    def table_memory(self, shape: tuple[int, int]) -> int:
+        """Bytes of a matrix whose rows are looked up: numbers, scales and offsets in float32."""
+        beside = 4 + (OFFSET_BYTES if self.offsets else 0)
+        return math.prod(self.packed_shape(shape)) + beside * shape[0] * self.blocks(shape[1])
 
     def size(self, shape: tuple[int, int]) -> int:
         """Bytes of a matrix: its numbers, then its scales in float16."""

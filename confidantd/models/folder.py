@@ -10,6 +10,10 @@ from pathlib import Path
 from confidantd.errors import CorruptFileError, MissingTensorError, ModelError
 from confidantd.models.config import Config, end_tokens, read_json
 from confidantd.models.families import family_of, spec_from_config
+from confidantd.models.gguf_format import GgufFormat
+from confidantd.models.imported import INDEX as IMPORTED
+from confidantd.models.imported import imported_tensors, source_of
+from confidantd.models.quantisation import own_formats
 from confidantd.models.safetensors import FLOAT_DTYPES, TensorLocation, read_header
 from confidantd.models.spec import ModelSpec
 from confidantd.models.tensors import Source, head_sources, stage_sources
@@ -27,14 +31,17 @@ _COMPARE_BYTES = 1 << 20
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
     """What a folder holds. `tensors` has exactly those the model needs, under the names that
-    `transformers` writes for the full model, in the model's order.
+    `transformers` writes for the full model, in the model's order. `source`: what the user named.
+    `formats`: of matrices that are quantised there, as a `ModelSpec` names them.
     """
 
     path: Path
+    source: Path
     spec: ModelSpec
     tensors: Mapping[str, TensorLocation]
     tokenizer_files: tuple[Path, ...]
     config_files: tuple[Path, ...]
+    formats: str = ""
 
 
 def read_model(folder: Path) -> ModelFolder:
@@ -52,10 +59,12 @@ def read_model(folder: Path) -> ModelFolder:
     _check_tied(folder, spec, stored)
     return ModelFolder(
         folder,
+        source_of(folder),
         spec,
         tensors,
         _present(folder, _TOKENIZER_FILES),
         _present(folder, _CONFIG_FILES),
+        own_formats(spec, {name: location.dtype for name, location in tensors.items()}),
     )
 
 
@@ -69,6 +78,8 @@ def _present(folder: Path, names: tuple[str, ...]) -> tuple[Path, ...]:
 
 
 def _stored_tensors(folder: Path) -> dict[str, TensorLocation]:
+    if (folder / IMPORTED).is_file():
+        return imported_tensors(folder)
     if (folder / WEIGHTS).is_file():
         return read_header(folder / WEIGHTS)
     if (folder / INDEX).is_file():
@@ -113,7 +124,7 @@ def _checked(folder: Path, source: Source, stored: Mapping[str, TensorLocation])
             f"{location.file}: {source.name} has shape {list(location.shape)}, "
             f"config.json asks for {list(source.shape)}"
         )
-    if location.dtype not in FLOAT_DTYPES:
+    if location.dtype not in FLOAT_DTYPES and GgufFormat.parse(location.dtype) is None:
         raise ModelError(
             f"{location.file}: {source.name} has dtype {location.dtype}",
             f"supported: {', '.join(FLOAT_DTYPES)}",

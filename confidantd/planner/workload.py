@@ -25,7 +25,7 @@ class Workload:
     `saved_floats` is what one block keeps of one microbatch in the saved form. `splits`:
     its blocks are large enough for a device's backends to share them out. `load`: so many
     requests are served at once, each as long as `sequence_length`; 0 is one that is generated.
-    `block_bytes` and `head_bytes`: of weights that are quantised; 0 are those of float32.
+    `block_bytes`, `embedding_bytes` and `head_bytes`: where weights are quantised; 0: none are.
     """
 
     model: str
@@ -49,6 +49,7 @@ class Workload:
     splits: bool = False
     load: int = 0
     block_bytes: int = 0
+    embedding_bytes: int = 0
     head_bytes: int = 0
 
     @property
@@ -97,8 +98,10 @@ def held_bytes(work: Workload, layers: int, *, embedding: bool, head: bool) -> i
     """Of the model's weights on a stage, without an adapter's."""
     if not work.block_bytes:
         return FLOAT_BYTES * held_parameters(work, layers, embedding=embedding, head=head)
-    ends = FLOAT_BYTES * work.embedding_parameters if embedding else 0
-    return layers * work.block_bytes + ends + (work.head_bytes if head else 0)
+    ends = work.embedding_bytes if embedding else 0
+    if head and not (work.tied and embedding):
+        ends += work.head_bytes
+    return layers * work.block_bytes + ends
 
 
 def trained_parameters(work: Workload, layers: int, *, embedding: bool, head: bool) -> int:

@@ -9,11 +9,14 @@ from typing import Any
 from numpy.typing import NDArray
 
 from confidantd.engine.generation.weights import AnyReader
+from confidantd.engine.gguf_matrix import gguf_matrix, matrix_room
 from confidantd.engine.quantised import Quantised, quantised_from_file
+from confidantd.engine.scratch import Scratch
 from confidantd.engine.tensors import Array, Reader, tensor_from_file
 from confidantd.errors import MissingTensorError
 from confidantd.ids import Digest
 from confidantd.models.block_format import BlockFormat
+from confidantd.models.gguf_format import GgufFormat
 from confidantd.wire.stage import ProgramEntry, StateEntry, TensorEntry
 from confidantd.wire.worker import BlobRange
 
@@ -32,18 +35,26 @@ def reader(entries: Entries, blobs: Blobs) -> Reader:
     return read
 
 
-def any_reader(entries: Entries, blobs: Blobs) -> AnyReader:
-    """As `reader`, of tensors that may be quantised."""
+def any_reader(entries: Entries, blobs: Blobs, scratch: Scratch) -> AnyReader:
+    """As `reader`, of tensors that may be quantised; those of GGUF files need `scratch_bytes`."""
     place = _places(entries, blobs)
 
     def read(name: str) -> Array | Quantised:
         entry, path, offset = place(name)
-        form = BlockFormat.parse(entry.dtype)
-        if form is None:
-            return tensor_from_file(path, offset, entry.dtype, entry.shape)
-        return quantised_from_file(path, offset, form, entry.shape)
+        form, packed = GgufFormat.parse(entry.dtype), BlockFormat.parse(entry.dtype)
+        if form is not None and form.type.packed is not None:
+            return gguf_matrix(path, offset, form, entry.shape, scratch)
+        if packed is not None:
+            return quantised_from_file(path, offset, packed, entry.shape)
+        return tensor_from_file(path, offset, entry.dtype, entry.shape)
 
     return read
+
+
+def scratch_bytes(entries: Entries) -> int:
+    """What reading all of them takes of a scratch file."""
+    forms = ((GgufFormat.parse(entry.dtype), entry.shape) for entry in entries)
+    return sum(matrix_room(form, shape) for form, shape in forms if form is not None)
 
 
 def _places(entries: Entries, blobs: Blobs) -> Callable[[str], tuple[TensorEntry, Path, int]]:

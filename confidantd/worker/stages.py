@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from confidantd.engine.generation.stage import FusedStage, GeneratingStage
+from confidantd.engine.scratch import Scratch
 from confidantd.engine.split.decode_stage import SplitStage
 from confidantd.engine.split.fastest import faster
 from confidantd.engine.tensors import Reader
@@ -11,7 +14,13 @@ from confidantd.planner.memory import MOST_PREFILL
 from confidantd.wire.stage import StageAssignment
 from confidantd.wire.worker import Load
 from confidantd.worker.backends import PipeReport, SplitFile, chosen_backends
-from confidantd.worker.blobs import any_reader, program_paths, reader, state_reader
+from confidantd.worker.blobs import (
+    any_reader,
+    program_paths,
+    reader,
+    scratch_bytes,
+    state_reader,
+)
 from confidantd.worker.links import Links
 from confidantd.worker.tied import tied_partner, tied_rows
 
@@ -76,8 +85,9 @@ def make_generating_stage(load: Load, report: PipeReport) -> GeneratingStage:
     place, read_adapter = load.assignment, _adapter_reader(load)
 
     def fused() -> GeneratingStage:
-        read = any_reader(place.tensors, load.blobs)
-        return FusedStage(place.spec, read, read_adapter, place.threads)
+        with Scratch(Path(load.home), scratch_bytes(place.tensors)) as scratch:
+            read = any_reader(place.tensors, load.blobs, scratch)
+            return FusedStage(place.spec, read, read_adapter, place.threads)
 
     def shared() -> GeneratingStage:
         programs = program_paths(place.programs, load.blobs)

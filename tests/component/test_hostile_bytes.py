@@ -34,8 +34,8 @@ def every(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Target
 
 NAMES = (
     "frames", "control messages", "greetings", "what messages ask", "worker messages", "pairing",
-    "rosters", "mDNS records", "programs", "manifests", "safetensors headers", "model configs",
-    "what-if files", "config files", "lists of members", "training text",
+    "rosters", "mDNS records", "programs", "manifests", "safetensors headers", "GGUF headers",
+    "model configs", "what-if files", "config files", "lists of members", "training text",
 )  # fmt: skip
 
 

@@ -22,11 +22,14 @@ from confidantd.identity.ledger import Ledger
 from confidantd.identity.trust import MEMBERS_NAME, TrustStore
 from confidantd.ids import DeviceId, JobId, digest_of
 from confidantd.jobs.documents import documents
+from confidantd.jobs.gguf_tokenizer import tokenizer_of
 from confidantd.jobs.plan_inputs import plan_workload
 from confidantd.jobs.request_checks import check_offer, check_request
 from confidantd.jobs.what_if import read_fleet
 from confidantd.models.config import Config, read_json
 from confidantd.models.families import spec_from_config
+from confidantd.models.gguf import read_gguf
+from confidantd.models.gguf_model import config_of, places_of
 from confidantd.models.manifest import read_manifest
 from confidantd.models.safetensors import read_header
 from confidantd.models.spec import LoraSpec, ModelSpec, ProgramRequest
@@ -40,8 +43,15 @@ from confidantd.wire.speeds import Speeds
 from confidantd.wire.stage import StageAssignment
 from tests.fuzz import mutation
 from tests.fuzz.examples import example
+from tests.unit.gguf_bytes import SETTINGS, content, tensors_of
 from tests.unit.model_files import GPT2, LLAMA, write_model
 
+_VOCABULARY = {
+    "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
+    "tokenizer.ggml.tokens": ["a", "b", "ab"], "tokenizer.ggml.merges": ["a b"],
+    "tokenizer.ggml.token_type": [1, 1, 3],
+}  # fmt: skip
+GGUF_SEEDS = [content({**SETTINGS, **_VOCABULARY}, tensors_of())]
 ME, OTHER = (DeviceId(digest_of(name)) for name in (b"me", b"other"))
 
 
@@ -99,6 +109,7 @@ def _files(folder: Path, as_json: dict[str, Any]) -> Iterator[Target]:
 
     configs = [json.dumps(fields).encode() for fields in (LLAMA, GPT2)]
     yield Target("safetensors headers", from_file(read_header), [weights], _header, _headed)
+    yield Target("GGUF headers", from_file(_gguf), GGUF_SEEDS)
     yield Target("model configs", from_file(_spec), configs, **as_json)
     yield Target("what-if files", from_file(lambda path: read_fleet(str(path))), [WHAT_IF])
     yield Target("config files", config, [CONFIG])
@@ -322,6 +333,11 @@ def _manifest_seed() -> bytes:
 
 def _manifest(data: bytes) -> object:
     return read_manifest(data.decode("utf-8", "replace")).free_dimensions
+
+
+def _gguf(path: Path) -> object:
+    header = read_gguf(path)
+    return places_of(header, config_of(header)), tokenizer_of(header)
 
 
 def _spec(path: Path) -> object:

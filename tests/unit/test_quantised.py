@@ -16,7 +16,7 @@ from confidantd.models.config import Config
 from confidantd.models.families import spec_from_config
 from confidantd.models.quantisation import (
     block_bytes,
-    format_of,
+    formats_of,
     head_bytes,
     quantised_matrices,
     quantised_spec,
@@ -90,10 +90,11 @@ def test_zeros_and_large_matrices(form: BlockFormat) -> None:
 def test_a_choice_names_bits_and_block() -> None:
     spec = spec_of(LLAMA)
     assert quantised_spec(spec, "none") is spec
-    assert format_of(quantised_spec(spec, "int4")) == BlockFormat(4, 32)
-    assert format_of(quantised_spec(spec, "int8:128")) == BlockFormat(8, 128)
-    assert format_of(spec) is None
-    for wrong in ("int5", "int4:7", "INT4", "", "none:32", "int4:32:1"):
+    assert set(formats_of(quantised_spec(spec, "int4"))) == {*"qkvo", "gate", "up", "down", "head"}
+    assert formats_of(quantised_spec(spec, "int4"))["q"] == BlockFormat(4, 32)
+    assert formats_of(quantised_spec(spec, "int8:128"))["head"] == BlockFormat(8, 128)
+    assert not formats_of(spec)
+    for wrong in ("int5", "int4:7", "INT4", "", "none:32", "int4:32:1", "int4:32+"):
         with pytest.raises(UsageError, match="cannot be quantised"):
             quantised_spec(spec, wrong)
 

@@ -15,23 +15,19 @@ Outputs: `y` [b, T, D], or `logits` [b, n, V].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-
 import numpy as np
 
 from confidantd.engine import onnx_bytes
+from confidantd.engine.generation.onnx_graph import Graph
+from confidantd.engine.generation.quantised_nodes import quantised_product, table_rows
 from confidantd.engine.generation.weights import Factors, Matrix, StageWeights
-from confidantd.engine.onnx_bytes import MICROSOFT, Attribute, Size
 from confidantd.engine.quantised import Quantised
-from confidantd.engine.tensors import Array
 from confidantd.models.layout import cached_width, linears
 from confidantd.models.spec import BlockSpec, ModelSpec
 from confidantd.wire.stage import StageSpec
 
 _NEWER = "new_"
 _TABLES = ("cosine", "sine")
-_ACCURACY_LEVEL = 4  # what is multiplied by quantised weights has 8 bits a block, too
 _ROTARY_MULTIPLE = 16  # of the size of a head, for attention that rotates by itself
 
 
@@ -45,77 +41,6 @@ def needs_positions(spec: StageSpec) -> bool:
     if spec.model.positions == "learned":
         return spec.embedding
     return turned_before(spec.model.block) and spec.past_last_layer > spec.first_layer
-
-
-@dataclass(slots=True)
-class Graph:
-    """A graph so far: its parts as bytes, and the weights it is given beside the file.
-
-    `bound` weights are inputs, so that they are read where they lie. ONNX Runtime copies those of
-    `packed`, which are initializers, into an order of its own.
-    """
-
-    nodes: list[bytes] = field(default_factory=list)
-    inputs: list[bytes] = field(default_factory=list)
-    outputs: list[bytes] = field(default_factory=list)
-    constants: list[bytes] = field(default_factory=list)
-    bound: dict[str, Array] = field(default_factory=dict)
-    packed: dict[str, Array] = field(default_factory=dict)
-    _names: int = 0
-
-    def file(self) -> bytes:
-        """The ONNX file."""
-        domains = (MICROSOFT,)
-        return onnx_bytes.model(
-            "stage", self.nodes, self.inputs, self.outputs, self.constants, domains
-        )
-
-    def input(self, name: str, *shape: Size, element: str = "float32") -> str:
-        """A new input."""
-        self.inputs.append(onnx_bytes.value_info(name, shape, element))
-        return name
-
-    def output(self, name: str, *shape: Size) -> str:
-        """A new output, for a node to give."""
-        self.outputs.append(onnx_bytes.value_info(name, shape))
-        return name
-
-    def weight(self, name: str, array: Array) -> str:
-        """A weight; the same name twice is one."""
-        if name not in self.bound:
-            self.bound[name] = array
-            self.input(name, *array.shape, element=array.dtype.name)
-        return name
-
-    def packed_weight(self, name: str, array: Array) -> str:
-        """A weight of a product that ONNX Runtime packs."""
-        self.packed[name] = array
-        self.constants.append(onnx_bytes.outside(name, array))
-        return name
-
-    def constant(self, name: str, array: Array) -> str:
-        """Small numbers that belong to the graph."""
-        self.constants.append(onnx_bytes.constant(name, array))
-        return name
-
-    def new(self) -> str:
-        """A name for a value in between."""
-        self._names += 1
-        return f"v{self._names}"
-
-    def node(
-        self,
-        operator: str,
-        inputs: Sequence[str],
-        outputs: Sequence[str] = (),
-        own: bool = False,
-        **attributes: Attribute,
-    ) -> str:
-        """A node, `own` of ONNX Runtime; gives the name of its first output."""
-        outputs = outputs or (self.new(),)
-        domain = MICROSOFT if own else ""
-        self.nodes.append(onnx_bytes.node(operator, inputs, outputs, domain, attributes))
-        return outputs[0]
 
 
 def stage_graph(weights: StageWeights) -> Graph:
@@ -170,6 +95,8 @@ class _Stage:
     def _rows(self, name: str, indices: str) -> str:
         """Rows of a table, as float32."""
         name, table = self._weights.table(name)
+        if isinstance(table, Quantised):
+            return table_rows(self._graph, name, table, indices)
         rows = self._graph.node("Gather", (self._graph.weight(name, table), indices))
         if table.dtype == np.float32:
             return rows
@@ -289,28 +216,10 @@ class _Stage:
     def _product(self, matrix: Matrix, x: str, scale: float = 1.0) -> str:
         """x W^T, or x W where the matrix is stored the other way."""
         if isinstance(matrix.array, Quantised):
-            return self._quantised_product(matrix.name, matrix.array, x)
+            return quantised_product(self._graph, matrix.name, matrix.array, x)
         weight = self._graph.weight(matrix.name, matrix.array)
         return self._graph.node(
             "FusedMatMul", (x, weight), own=True, transB=int(matrix.output_major), alpha=scale
-        )
-
-    def _quantised_product(self, name: str, matrix: Quantised, x: str) -> str:
-        graph, (outputs, inputs) = self._graph, matrix.shape
-        scales = matrix.scales.astype(np.float32).reshape(-1)
-        weights = (
-            graph.packed_weight(f"{name}.numbers", matrix.numbers),
-            graph.packed_weight(f"{name}.scales", scales),
-        )
-        return graph.node(
-            "MatMulNBits",
-            (x, *weights),
-            own=True,
-            K=inputs,
-            N=outputs,
-            bits=matrix.format.bits,
-            block_size=matrix.format.block,
-            accuracy_level=_ACCURACY_LEVEL,
         )
 
     def _adapted(self, factors: Factors, x: str) -> str:

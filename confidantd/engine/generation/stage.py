@@ -124,6 +124,7 @@ def _packing(arrays: Sequence[Array]) -> Iterator[None]:
     need not stay in memory.
     """
     over = threading.Event()
+    arrays = list({id(getattr(array, "_mmap", array)): array for array in arrays}.values())
 
     def forget() -> None:
         while not over.wait(FORGET_SECONDS):

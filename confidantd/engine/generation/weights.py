@@ -48,10 +48,13 @@ class StageWeights:
         self._output_major = family_of(spec.model.family).output_major
         self._shared: Floats | None = None  # a table that is both ends
 
-    def table(self, name: str) -> tuple[str, Array]:
+    def table(self, name: str) -> tuple[str, Array | Quantised]:
         """A table of the embedding by its parameter's name, float16 if it is stored so."""
         source = _by_parameter(embedding_sources(self.spec.model))[name]
-        array = stored(source, self._read)
+        quantised = self._read(source.name)
+        if isinstance(quantised, Quantised) and quantised.shape == source.shape:
+            return source.name, quantised
+        array = stored(source, lambda _: quantised)
         if self.spec.model.tied and self.spec.head and name == "embedding.weight":
             self._shared = floats(array)
             return source.name, self._shared
