@@ -51,7 +51,7 @@ class Small:
         torch.manual_seed(5)
         config = LoraConfig(
             r=4,
-            lora_alpha=8,
+            lora_alpha=16,
             target_modules=list(self.targets),
             lora_dropout=0.0,
             task_type="CAUSAL_LM",
