@@ -116,6 +116,12 @@ class Batching:
                 return found
         return None
 
+    def meanwhile(self, number: int) -> None:
+        """What can be done while a pass is under way."""
+        flight = self._flights.get(number)
+        if flight is not None and flight.lane is not None and len(flight.of.sequences) == 1:
+            self._active[flight.of.sequences[0]].feed.catch_up()
+
     def chosen(self, number: int, found: Sequence[Chosen]) -> None:
         """A pass came back."""
         flight = self._flights.pop(number, None)

@@ -105,6 +105,7 @@ class Generator:
             while (following := self._batching.next()) is not None:
                 ids = np.array(following.ids, dtype=np.int64)
                 found = await self._forward(following.number, following.of, ids)
+                self._batching.meanwhile(following.number)
                 if found is not None:  # the head is here, too
                     self._batching.chosen(following.number, found)
                     self._tell()

@@ -113,7 +113,7 @@ class Feed:
     ) -> None:
         self.text = list(prompt)  # and what was chosen since
         self._lookup = Lookup(prompt) if guesses else None
-        self._pace = Pace()
+        self._pace, self._looked_at = Pace(), len(prompt)
         self._left = most_tokens
         self._guess: list[int] = []
         self._untried: tuple[int, list[int]] | None = None  # a guess, and where it would have stood
@@ -129,23 +129,31 @@ class Feed:
         """These were chosen after the prompt, or after what was fed last."""
         self._left -= len(tokens)
         self.text += tokens
-        if self._lookup is not None:
-            self._lookup.add(tokens)
-            self._look_back()
-            if self._sent is not None:
-                self._pace.passed(len(self._guess), len(tokens), self._clock() - self._sent)
+        if self._sent is not None:
+            self._pace.passed(len(self._guess), len(tokens), self._clock() - self._sent)
 
     def next(self, *, alone: bool) -> list[int]:
         """The last token; with guesses behind it where no other sequence is computed with it."""
         self._guess, self._sent = [], None
         if alone and self._lookup is not None:
-            self._guess = self._lookup.guess(max(0, min(self._pace.most(), self._left - 1)))
+            most = min(self._pace.most(), self._left - 1)
+            if most > 0:
+                self.catch_up()
+                self._guess = self._lookup.guess(most)
             if self._guess:
                 self._untried = None
-            elif self._untried is None:
-                self._untried = len(self.text), self._lookup.guess(self._pace.length)
             self._sent = self._clock()
         return [self.text[-1], *self._guess]
+
+    def catch_up(self) -> None:
+        """Look at the newest tokens: while others compute, where nothing has to be guessed now."""
+        if self._lookup is None:
+            return
+        self._lookup.add(self.text[self._looked_at :])
+        self._looked_at = len(self.text)
+        self._look_back()
+        if self._untried is None and not self._guess:
+            self._untried = len(self.text), self._lookup.guess(self._pace.length)
 
     def _look_back(self) -> None:
         """Whether an untried guess would have come true, as soon as that is known."""
