@@ -23,6 +23,7 @@ from confidantd.worker.speculation import Feed
 
 LEAST_SHARED = 16  # tokens at the beginning, to go on from another sequence
 MOSTLY = 0.75  # shared of what an ended sequence left: its row is taken, not copied
+MOST_TOLD = 128  # sequences that were halted, in one pass
 PIECES_AHEAD = 1  # of prompts under way, beside one for each stage
 
 
@@ -96,19 +97,23 @@ class Batching:
         self._waiting.append(command)
 
     def halt(self, sequence: int) -> None:
-        """Nobody wants more of it; one that is not known has ended."""
+        """Nobody wants more of it. Of one that is not known here the head may know."""
         self._waiting = deque(w for w in self._waiting if w.sequence != sequence)
         found = self._active.get(sequence)
-        if found is not None:
+        if found is None:
+            self._stopped.append(sequence)
+        else:
             found.halted = True
             if sequence in self._filling:
                 self._filling.remove(sequence)
             if not found.flying:
                 self._end(sequence)
 
-    def next(self) -> Next | None:
-        """What to feed now; None until something is added or comes back."""
-        ways = (self._next_piece, self._next_of_lanes)
+    def next(self, *, prompts: bool = True) -> Next | None:
+        """What to feed now; None until something is added or comes back. Without `prompts` only
+        what is in lanes.
+        """
+        ways = (self._next_piece, self._next_of_lanes) if prompts else (self._next_of_lanes,)
         for way in ways if self._prompts_turn else reversed(ways):
             found = way()
             if found is not None:
@@ -128,6 +133,9 @@ class Batching:
         if flight is None or len(found) != len(flight.of.sequences):
             raise ProtocolError("tokens came of a pass that was not begun here")
         for sequence, chosen in zip(flight.of.sequences, found, strict=True):
+            most = 1 + len(flight.of.guess) if flight.of.chooses else 0
+            if not min(most, 1) <= len(chosen.tokens) <= most or (chosen.ended and not most):
+                raise ProtocolError("a pass came back with too few tokens, or too many")
             self._came_back(sequence, chosen, flight)
         if flight.lane is not None:
             self._even_out(flight.lane)
@@ -136,8 +144,6 @@ class Batching:
         state = self._active[sequence]
         state.flying -= 1
         if flight.of.chooses:
-            if not chosen.tokens:
-                raise ProtocolError("a pass came back without a token")
             state.feed.take(chosen.tokens)
         if chosen.ended or (state.halted and not state.flying):
             self._end(sequence)
@@ -204,8 +210,9 @@ class Batching:
         chooses: bool,
     ) -> Next:
         guess = () if lane is None or len(ids) > 1 else tuple(ids[0][1:])
-        changes = tuple(self._dropped), tuple(self._begun), tuple(self._stopped)
-        self._dropped, self._begun, self._stopped = [], [], []
+        told, self._stopped = self._stopped[:MOST_TOLD], self._stopped[MOST_TOLD:]
+        changes = tuple(self._dropped), tuple(self._begun), tuple(told)
+        self._dropped, self._begun = [], []
         of = Pass(tuple(sequences), past, guess, chooses, *changes)
         number = next(self._numbers)
         self._flights[number] = _Flight(lane, of)

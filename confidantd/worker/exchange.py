@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +34,7 @@ class Exchange:
         self.busy_seconds = 0.0
         self.last = (0.0, 0.0)
         self._turns = Turns(turns_file)
-        self._little_seconds = 0.0
+        self._seconds: dict[int, float] = {}  # what work of each size took last
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
 
     async def compute(self, work: Callable[..., _T], *arguments: Any, **named: Any) -> _T:
@@ -42,15 +43,15 @@ class Exchange:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, self._in_turn, call)
 
-    async def compute_little(self, work: Callable[..., _T], *arguments: Any) -> _T:
-        """As `compute`, but at once where that took little time so far: a thread's hand-over takes
-        a part of it, and the event loop can wait as long.
+    async def compute_little(self, size: int, work: Callable[..., _T], *arguments: Any) -> _T:
+        """As `compute`, but at once where work of that size took little time before: a thread's
+        hand-over takes a part of it, and the event loop can wait as long.
         """
-        if self._turns.shared or self._little_seconds > LITTLE_SECONDS:
+        if self._turns.shared or self._seconds.get(size, math.inf) > LITTLE_SECONDS:
             found = await self.compute(work, *arguments)
         else:
             found = self._in_turn(functools.partial(work, *arguments))
-        self._little_seconds = self.last[1] - self.last[0]
+        self._seconds[size] = self.last[1] - self.last[0]
         return found
 
     def _in_turn(self, call: Callable[[], _T]) -> _T:

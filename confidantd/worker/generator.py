@@ -96,13 +96,15 @@ class Generator:
             self._more.clear()
             await self._feed()
 
-    async def _feed(self) -> None:
-        """All that can be fed now; who does so already sees what was added meanwhile."""
+    async def _feed(self, *, prompts: bool = True) -> None:
+        """All that can be fed now; who does so already sees what was added meanwhile. Without
+        pieces of `prompts` it takes little time, and leaves those to who has more.
+        """
         if self._feeding:
             return
         self._feeding = True
         try:
-            while (following := self._batching.next()) is not None:
+            while (following := self._batching.next(prompts=prompts)) is not None:
                 ids = np.array(following.ids, dtype=np.int64)
                 found = await self._forward(following.number, following.of, ids)
                 self._batching.meanwhile(following.number)
@@ -112,6 +114,8 @@ class Generator:
                     await asyncio.sleep(0)
         finally:
             self._feeding = False
+        if not prompts:
+            self._more.set()
 
     async def _serve_hidden(self) -> None:
         while True:
@@ -126,8 +130,10 @@ class Generator:
     async def _serve_tokens(self) -> None:
         while True:
             frame, array = await self._exchange.next(FrameKind.TOKEN)
+            if frame.stage != self._place.stages - 1:
+                raise ProtocolError("another stage than the head has chosen")
             self._batching.chosen(frame.step, _from_array(array))
-            await self._feed()
+            await self._feed(prompts=False)
 
     async def _forward(
         self, number: int, of: Pass, x: NDArray[np.generic]
@@ -136,9 +142,11 @@ class Generator:
         it chose.
         """
         of.check(x.shape)
-        little = x.shape[0] * x.shape[1] <= LITTLE_TOKENS
-        compute = self._exchange.compute_little if little else self._exchange.compute
-        y = await compute(self._compute, of, x)
+        size = x.shape[0] * x.shape[1]
+        if size <= LITTLE_TOKENS:
+            y = await self._exchange.compute_little(size, self._compute, of, x)
+        else:
+            y = await self._exchange.compute(self._compute, of, x)
         if not self._place.spec.head:
             following = self._place.stage + 1
             await self._exchange.send(following, FrameKind.HIDDEN, number, 0, y, of=of)
@@ -171,6 +179,8 @@ class Generator:
             self._stage.begin(begun.sequence, begun.source, begun.length, kept=begun.kept)
         for sequence, past in zip(of.sequences, of.past, strict=True):
             self._stage.truncate(sequence, past)
+            if self._stage.length(sequence) != past:
+                raise ProtocolError("a pass begins behind what there is of its sequence")
         return self._stage.forward(of.sequences, x, 1 + len(of.guess))
 
     def _sequence(self, sequence: int) -> asyncio.Future[_Sequence]:

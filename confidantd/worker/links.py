@@ -31,6 +31,7 @@ KEEP_ALIVE_SECONDS = 5.0  # ping; two missed pings end the link
 FRAME_OVERHEAD_BYTES = 8_192
 MAX_WAITING = 8  # connections of no stage yet: a stage has two neighbours, or three
 AT_ONCE_BYTES = 16_384
+CHECK_HINT = "check that the other device is on and on the network"
 MAX_QUEUED_FRAMES = 64  # outgoing; above every window, so that credits never wait behind it
 
 Socket = web.WebSocketResponse | aiohttp.ClientWebSocketResponse
@@ -50,10 +51,13 @@ class Link:
         """Queue a message; waits when the queue is full (the other side reads too slowly). A short
         one goes out at once where nothing is before it.
         """
-        if len(message) <= AT_ONCE_BYTES and not self._writing and self._queue.empty():
-            await self._socket.send_bytes(message)
-        else:
+        if len(message) > AT_ONCE_BYTES or self._writing or not self._queue.empty():
             await self._queue.put(message)
+            return
+        try:
+            await self._socket.send_bytes(message)
+        except OSError:
+            raise PeerLostError(f"the link to stage {self.stage} broke", CHECK_HINT) from None
 
     async def write(self) -> None:
         """Send what is queued, until the link breaks (`OSError`)."""
@@ -243,7 +247,7 @@ class Links:
         """Read and write one link; its end fails every wait unless the worker is closing."""
         cause: ConfidantError = PeerLostError(
             f"the link from stage {self._stage} to stage {link.stage} broke",
-            "check that the other device is on and on the network",
+            CHECK_HINT,
         )
         writer = self._tasks.start(link.write(), f"write-{link.stage}")
         try:

@@ -28,7 +28,8 @@ Rule = Callable[[Sequence[int]], int]
 class Mail:
     """What one stage is sent by others; work is done at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, stage: int) -> None:
+        self.stage = stage
         self.others: dict[int, Mail] = {}
         self._queues = {kind: asyncio.Queue[Any]() for kind in FrameKind}
         self.sent: list[Frame] = []
@@ -38,14 +39,17 @@ class Mail:
         await asyncio.sleep(0)
         return work(*arguments)
 
-    compute_little = compute
+    async def compute_little(self, size: int, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Others have their turn here, too."""
+        assert size > 0
+        return await self.compute(work, *arguments)
 
     async def send(
         self, stage: int, kind: FrameKind, step: int, microbatch: int, array: NDArray[Any],
         *, of: Pass | None = None,
     ) -> None:  # fmt: skip
         """Into the other's box."""
-        frame = Frame(JobId("j"), 1, kind, 0, step, microbatch, of=of)
+        frame = Frame(JobId("j"), 1, kind, self.stage, step, microbatch, of=of)
         self.sent.append(frame)
         self.others[stage]._queues[kind].put_nowait((frame, array))
 
@@ -99,6 +103,10 @@ class Reciting:
         assert length <= len(self.texts.setdefault(sequence, []))
         del self.texts[sequence][length:]
 
+    def length(self, sequence: int) -> int:
+        """Of its text here."""
+        return len(self.texts.get(sequence, ()))
+
     def release(self, sequence: int) -> None:
         """One that is there."""
         del self.texts[sequence]
@@ -108,7 +116,7 @@ class Pipeline:
     """Generators over such stages; `client` asks them for texts, then they are ended."""
 
     def __init__(self, stages: int, rows: int, rule: Rule, hear: Callable[[Tokens], None]) -> None:
-        self.mails = [Mail() for _ in range(stages)]
+        self.mails = [Mail(index) for index in range(stages)]
         self.stages = [Reciting(i == stages - 1, rows, rule) for i in range(stages)]
         self.generators = []
         for index, (mail, reciting) in enumerate(zip(self.mails, self.stages, strict=True)):

@@ -60,6 +60,12 @@ class Caches(RuleBasedStateMachine):
         if sequence in self.held:
             self.held[sequence] = [array[:, :length] for array in self.held[sequence]]
 
+    @rule(sequence=st.integers(0, 5))
+    def begin_with_nothing(self, sequence: int) -> None:
+        """With what nobody has."""
+        with pytest.raises(ProtocolError):
+            self.caches.begin(sequence, 77, 0, kept=False)
+
     @precondition(lambda self: self.held)
     @rule(sequence=st.integers(0, 5), kept=st.booleans(), data=st.data())
     def begin(self, sequence: int, kept: bool, data: st.DataObject) -> None:

@@ -120,6 +120,8 @@ def test_every_text_is_as_if_it_were_alone(
 
         client.after_each = more
         await client.pipeline.run(work())
+        head = client.pipeline.generators[-1]
+        assert not head._sequences.keys() - client.halted, "the head forgets what has ended"
         wanted = {s: alone(prompt, count) for s, (prompt, count, _, _) in enumerate(asked)}
         assert {s: client.found[s] for s in wanted.keys() - client.halted} == {
             s: wanted[s] for s in wanted.keys() - client.halted
@@ -215,6 +217,15 @@ def test_answers_of_unknown_passes_are_refused() -> None:
         found.chosen(following.number + 1, [Chosen((1,), ended=False)])
     with pytest.raises(ProtocolError, match="not begun here"):
         found.chosen(following.number, [])
+    for tokens, ended in (((), False), ((1, 2), False), ((), True)):
+        found = batching()
+        found.add(command(1, [1, 2]))
+        following = found.next()
+        assert following is not None
+        with pytest.raises(ProtocolError, match="too few tokens, or too many"):
+            found.chosen(following.number, [Chosen(tokens, ended=ended)])
+    found = batching()
+    found.add(command(1, [1, 2]))
     with pytest.raises(ProtocolError, match="number of another"):
         found.add(command(1, [1, 2]))
     with pytest.raises(ProtocolError, match="no tokens"):

@@ -140,7 +140,7 @@ class BatchCaches:
         """Let a new sequence have the first `length` positions of a `source`, which ends unless it
         is `kept`.
         """
-        if sequence in self._of or length > self.length(source):
+        if sequence in self._of or source not in self._of or length > self.length(source):
             raise ProtocolError("a sequence cannot begin with what is not there")
         cache = self._of[source]
         if kept:

@@ -47,6 +47,10 @@ class GeneratingStage(Protocol):
         """Forget what a sequence has after its first `length` positions."""
         ...
 
+    def length(self, sequence: int) -> int:
+        """Positions that it has of a sequence; 0 of an unknown one."""
+        ...
+
     def release(self, sequence: int) -> None:
         """Forget a sequence."""
         ...
@@ -104,6 +108,10 @@ class FusedStage:
     def truncate(self, sequence: int, length: int) -> None:
         """As a `GeneratingStage`."""
         self._caches.truncate(sequence, length)
+
+    def length(self, sequence: int) -> int:
+        """As a `GeneratingStage`."""
+        return self._caches.length(sequence)
 
     def release(self, sequence: int) -> None:
         """As a `GeneratingStage`."""

@@ -125,6 +125,11 @@ class SplitStage:
         if cache is not None:
             cache.cut(length)
 
+    def length(self, sequence: int) -> int:
+        """As a `GeneratingStage`."""
+        cache = self._sequences.get(sequence)
+        return 0 if cache is None else cache.length
+
     def release(self, sequence: int) -> None:
         """As a `GeneratingStage`."""
         self._sequences.pop(sequence, None)
