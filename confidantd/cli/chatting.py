@@ -52,7 +52,11 @@ async def _served(
     """The name that the model answers to."""
     known = (await client.get("/v1/models"))["data"]
     folder = path(model)
-    names = [m["id"] for m in known if m["id"] == model or (m["root"] == str(folder))]
+    names = [
+        m["id"]
+        for m in known
+        if m["id"] == model or (m["parent"], m["root"]) == (None, str(folder))
+    ]
     if names and not options:
         yield names[0]
     elif not folder.is_dir() and not is_file_model(str(folder)):
@@ -63,7 +67,7 @@ async def _served(
     else:
         taken = {m["id"] for m in known}
         name = f"{folder.name}-chat-{os.getpid()}" if folder.name in taken else folder.name
-        request = {"requests": 1, "name": name, **options, "model": str(folder)}
+        request = {"requests": 1, "private": True, "name": name, **options, "model": str(folder)}
         async with aclosing(client.stream("POST", "/v1/serve", request)) as events:
             event = await until_served(events, as_json=as_json)
             yield event["model"]

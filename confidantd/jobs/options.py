@@ -170,6 +170,7 @@ class GenerateOptions:
 class ServeOptions:
     """Options of `confidant serve`: `requests` at once, each with so many tokens of prompt and
     answer together as `context`. `stays`: another run of the daemon goes on serving it.
+    `private`: only for who asks over the daemon's socket.
     """
 
     model: str
@@ -184,6 +185,7 @@ class ServeOptions:
     devices: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
     stays: bool = False
+    private: bool = False
 
     def check(self) -> None:
         """Raise what is wrong with the options themselves."""

@@ -34,7 +34,7 @@ class TextProcess:
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
-        self._one_at_a_time = asyncio.Lock()
+        self._one_at_a_time, self._broken = asyncio.Lock(), False
 
     @classmethod
     async def start(cls, model: Path, log: Path, template: str | None = None) -> TextProcess:
@@ -55,8 +55,10 @@ class TextProcess:
             )
         return cls(process)
 
-    async def begin(self, number: int, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt; a text with the tokenizer's special tokens."""
+    async def begin(self, number: int, prompt: Prompt, most: int | None = None) -> list[int]:
+        """Token ids of a prompt; a text with the tokenizer's special tokens. `DataError` if they
+        are more than `most`.
+        """
         match prompt:
             case str():
                 given: dict[str, Any] = {"text": prompt}
@@ -64,7 +66,8 @@ class TextProcess:
                 given = {"messages": prompt.messages}
             case _:
                 given = {"ids": prompt}
-        return [int(token) for token in (await self._ask({"begin": number, **given}))["ids"]]
+        question = {"begin": number, "most": most, **given}
+        return [int(token) for token in (await self._ask(question))["ids"]]
 
     async def push(self, tokens: Sequence[tuple[int, int]]) -> list[str]:
         """The text that one more token completes, for numbers and tokens; may be empty."""
@@ -100,6 +103,9 @@ class TextProcess:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         async with self._one_at_a_time:
+            if self._broken:
+                raise ModelError("the tokenizer of the model has ended", "see logs/text.log")
+            self._broken = True  # until the answer is there: the next one would get this one's
             try:
                 self._process.stdin.write(json.dumps(question).encode() + b"\n")
                 async with asyncio.timeout(ANSWER_SECONDS):
@@ -107,5 +113,8 @@ class TextProcess:
                     line = await self._process.stdout.readline()
                 answer: dict[str, Any] = json.loads(line)
             except (TimeoutError, ConnectionError, ValueError):
+                if self._process.returncode is None:
+                    self._process.kill()
                 raise ModelError("the tokenizer of the model does not answer") from None
+            self._broken = False
         return answer

@@ -5,16 +5,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from typing import Never
 
-from confidantd.errors import ConfidantError, PromptTooLongError, UsageError, WorkerError
+from confidantd.errors import (
+    ConfidantError,
+    PeerLostError,
+    PromptTooLongError,
+    UsageError,
+    WorkerError,
+)
 from confidantd.jobs.admission import Admission, Place
+from confidantd.jobs.faults import CURABLE, FORGIVEN_STEPS
 from confidantd.jobs.job_plans import JobPlans, Launched
 from confidantd.jobs.options import ServeOptions, model_folder
 from confidantd.jobs.prompt import Prompt, TextProcess
 from confidantd.jobs.record import JobLog
-from confidantd.jobs.recovery import Recovery
+from confidantd.jobs.recovery import SETTLE_SECONDS, Recovery
 from confidantd.jobs.services import JobServices
 from confidantd.jobs.setup import serve_workload
 from confidantd.jobs.stopping import StopTexts
@@ -23,6 +33,11 @@ from confidantd.tasks import TaskSet
 from confidantd.wire.sampling import Sampling
 from confidantd.wire.stage import OptimizerSpec
 from confidantd.wire.worker import Decode, Halt, Token, Tokens
+
+_log = logging.getLogger(__name__)
+
+READY_SECONDS = 30.0  # for a model that is just being loaded
+QUIET_SECONDS, QUIET_TOKENS = 30.0, FORGIVEN_STEPS + 1  # without a loss: the next is a new one
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +85,7 @@ class Answer:
     def take(self, token: Token, text: str) -> None:
         """One more token, with the text that it completes."""
         self.tokens.append(token.token)
-        self.over = bool(token.finished)
+        self.over = self.over or bool(token.finished)
         if self.finished:
             return  # behind a stop text
         text, stopped = self._stops.push(text)
@@ -97,11 +112,15 @@ class Answer:
 
 
 class ServeJob:
-    """One `confidant serve`; may only be run once."""
+    """One `confidant serve`; may only be run once. `again`: it was served before."""
 
-    def __init__(self, options: ServeOptions, log: JobLog, services: JobServices) -> None:
+    def __init__(
+        self, options: ServeOptions, log: JobLog, services: JobServices, *, again: bool = False
+    ) -> None:
         self._options, self._log, self._services = options, log, services
+        self._again = again  # an earlier run of the daemon served it
         self.name, self.folder = options.public_name, options.model
+        self.adapter, self.private = options.adapter, options.private
         self.id, self.created = log.record.id, int(log.record.created)
         self._admission = Admission(options.requests, options.most_waiting)
         self._answers: dict[int, Answer] = {}
@@ -110,6 +129,7 @@ class ServeJob:
         self._spec: ModelSpec | None = None
         self._context = 0
         self._launched: Launched | None = None
+        self._done = 0  # tokens: whether anything was done between two losses
         self._changed = asyncio.Event()  # it is served, or it never will be
         self._failure: ConfidantError | None = None
         self._tasks = TaskSet("serve")
@@ -135,7 +155,7 @@ class ServeJob:
         asked.sampling.check()
         sequence = next(self._numbers)
         try:
-            prompt = await text.begin(sequence, asked.prompt)
+            prompt = await text.begin(sequence, asked.prompt, self._context - 1)
             room = self._room(prompt, spec)
             place = await self._admission.enter(asked.client)
             try:
@@ -148,8 +168,7 @@ class ServeJob:
             finally:
                 place.leave()
                 answer = self._answers.pop(sequence)
-                if not answer.over:
-                    self._tasks.start(self._halt(answer), f"halt-{sequence}")
+                self._let_go(answer)
                 self._log.record.step += bool(answer.finished)
         finally:
             self._tasks.start(_forget(text, sequence), f"forget-{sequence}")
@@ -159,8 +178,19 @@ class ServeJob:
         text, _ = await self._served()
         return await text.look(ids)
 
+    @property
+    def ready(self) -> bool:
+        """Whether it is served by now."""
+        return self._changed.is_set() and self._failure is None
+
     async def _served(self) -> tuple[TextProcess, ModelSpec]:
-        await self._changed.wait()
+        try:
+            async with asyncio.timeout(READY_SECONDS):
+                await self._changed.wait()
+        except TimeoutError:
+            raise PeerLostError(
+                f"{self.name} is not served yet", "`confidant jobs` says how far it is"
+            ) from None
         if self._failure is not None:
             raise self._failure
         assert self._text is not None
@@ -204,27 +234,52 @@ class ServeJob:
     async def _serve(self, plans: JobPlans, text: TextProcess) -> None:
         """Over as many pipelines as it takes; a new one is given what the last one was at."""
         recovery = Recovery(plans)
-        launched = await recovery.begin()
+        launched = await (self._patiently(plans) if self._again else recovery.begin())
         plans.make_do = True
         await self._announce(launched)
-        served = 0  # tokens: what was done between two losses
         while True:
+            began = time.monotonic()
             try:
                 self._launched = launched
-                for answer in list(self._answers.values()):
-                    await self._send(answer)
-                while True:
-                    _, event = await launched.pipeline.next_event()
-                    if isinstance(event, Tokens):
-                        served += len(event.tokens)
-                        await self._take(event.tokens, text)
+                await self._attend(launched, text)
             except ConfidantError as failure:
                 self._launched = None
                 cause = await recovery.cause(launched, failure)
-                launched = await recovery.recover(launched, cause, served, None, goes_on_at=served)
+            if time.monotonic() - began > QUIET_SECONDS:
+                self._done += QUIET_TOKENS  # that it stood there is as good as tokens
+            try:
+                launched = await recovery.recover(
+                    launched, cause, self._done, None, goes_on_at=self._done
+                )
+            except ConfidantError as lasting:
+                if not self._options.stays or lasting.code not in CURABLE:
+                    raise
+                for answer in self._answers.values():
+                    answer.fail(lasting)
+                launched, recovery = await self._patiently(plans), Recovery(plans)
+
+    async def _attend(self, launched: Launched, text: TextProcess) -> Never:
+        """To what comes from a pipeline, until it fails."""
+        for answer in list(self._answers.values()):
+            await self._send(answer)
+        while True:
+            _, event = await launched.pipeline.next_event()
+            if isinstance(event, Tokens):
+                self._done += len(event.tokens)
+                await self._take(event.tokens, text)
+
+    async def _patiently(self, plans: JobPlans) -> Launched:
+        """Of a model that shall stay: as soon as its devices are there, whenever that is."""
+        while True:
+            try:
+                return await Recovery(plans).resume(None)
+            except ConfidantError as failure:
+                if failure.code not in CURABLE:
+                    raise
+                _log.info("%s is not served: %s", self.name, failure)
 
     async def _announce(self, launched: Launched) -> None:
-        url = await self._services.open_api()
+        url = "" if self.private else await self._services.open_api()
         self._log.record.state = "running"
         self._log.emit({
             "event": "serving", "job": self._log.record.id, "model": self.name, "base_url": url,
@@ -242,7 +297,7 @@ class ServeJob:
         assert spec is not None
         answer.epoch = launched.pipeline.key[1]
         asked, tokens = answer.asked, answer.tokens
-        with contextlib.suppress(ConfidantError):  # the pipeline has failed: it is sent again
+        try:
             for stage, place in reversed(list(enumerate(launched.specs))):
                 if not (place.embedding or place.head):
                     continue
@@ -259,6 +314,18 @@ class ServeJob:
                         speculates=self._options.speculation != "off",
                     ),
                 )
+        except ConfidantError as failure:  # the pipeline has failed: it is sent again
+            await asyncio.sleep(SETTLE_SECONDS)
+            if not launched.pipeline.failed:
+                answer.fail(failure)
+        if answer.sequence not in self._answers:  # it went meanwhile, and told a stage too early
+            await self._halt(answer)
+
+    def _let_go(self, answer: Answer) -> None:
+        """Let the stages know that nobody wants more of it, if they would go on."""
+        if not answer.over:
+            answer.over = True
+            self._tasks.start(self._halt(answer), f"halt-{answer.sequence}")
 
     async def _halt(self, answer: Answer) -> None:
         """Nobody listens any more."""
@@ -276,6 +343,8 @@ class ServeJob:
             answer = self._answers.get(token.sequence)
             if answer is not None:
                 answer.take(token, piece + rest)
+                if answer.finished:  # by a stop text, perhaps
+                    self._let_go(answer)
 
 
 async def _forget(text: TextProcess, sequence: int) -> None:

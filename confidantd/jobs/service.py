@@ -162,14 +162,14 @@ class Jobs:
 
     async def _resume(self, log: JobLog, output: str | None = None) -> None:
         """ConfidantError if that cannot be; then the record is as it was."""
-        if log.record.kind == "serve":
-            await self._serve_again(log)
-            return
-        if log.record.kind != "train":
-            raise UsageError("only training is resumed", "start it again")
+        if log.record.kind == "generate":
+            raise UsageError("a generated text is not resumed", "start it again")
         before = log.record.state, log.record.message
         self._resuming.add(log.record.id)
         try:
+            if log.record.kind == "serve":
+                await self._serve_again(log)
+                return
             request = await asyncio.to_thread(_kept_request, log.folder)
             if output is not None:
                 request["output"] = log.record.output = output
@@ -194,13 +194,12 @@ class Jobs:
     async def _serve_again(self, log: JobLog) -> None:
         """By the daemon's next run, or after it failed."""
         options = options_from(ServeOptions, await asyncio.to_thread(_kept_request, log.folder))
-        await self._free_name(options.public_name)
         await log.reopen()
         log.lasts = True
         log.record.state, log.record.message = "recovering", None
-        log.record.epoch += 1
         await log.save()
-        self._start_serving(log, options)
+        await self._free_name(options.public_name)
+        self._start_serving(log, options, again=True)
 
     async def generate(self, request: Mapping[str, Any]) -> JobLog:
         """Start generating; what can be refused at once is raised here."""
@@ -240,8 +239,8 @@ class Jobs:
         return found
 
     def all_served(self) -> Sequence[ServeJob]:
-        """In the order of their names."""
-        return [self._served[name] for name in sorted(self._served)]
+        """Those that answer, in the order of their names."""
+        return [self._served[name] for name in sorted(self._served) if self._served[name].ready]
 
     async def _free_name(self, name: str) -> None:
         """One that was just cancelled is waited for."""
@@ -252,8 +251,8 @@ class Jobs:
         if name in self._served:
             raise UsageError(f"{name} is served already", "give it another name with --name")
 
-    def _start_serving(self, log: JobLog, options: ServeOptions) -> None:
-        job = ServeJob(options, log, self._services)
+    def _start_serving(self, log: JobLog, options: ServeOptions, *, again: bool = False) -> None:
+        job = ServeJob(options, log, self._services, again=again)
         self._served[job.name] = job
 
         async def run() -> None:
@@ -268,8 +267,8 @@ class Jobs:
         """Cancel a running job; one that failed loses its checkpoints."""
         log = self.get(job)
         task = self._running.get(log.record.id)
-        if task is not None:
-            task.cancel()
+        if task is not None:  # once it has begun: one that never did would end without a word
+            asyncio.get_running_loop().call_soon(task.cancel)
         elif log.record.state == "failed" and log.record.id not in self._resuming:
             log.record.state = "cancelled"
             self._tasks.start(self._keep(log), f"keep-{log.record.id}")

@@ -1,8 +1,8 @@
 """`python -m confidantd.jobs.text FOLDER [TEMPLATE]`: a tokenizer that answers JSON lines.
 
-A prompt begins a text, which has a number: `{"begin": number, "text": prompt}` (with special
-tokens), `{"begin": number, "ids": [...]}` or `{"begin": number, "messages": [...]}` (by the
-model's chat template, or that in the file TEMPLATE) -> `{"ids": [...]}`.
+A prompt begins a text, which has a number: `{"begin": number, "most": n, "text": prompt}` (with
+special tokens; `n` null: any length), or instead of the text `"ids": [...]`, or `"messages": [...]`
+(by the model's chat template, or that in the file TEMPLATE) -> `{"ids": [...]}`.
 `{"push": [[number, id], ...]}` -> `{"texts": what each token completes}`.
 `{"look": [id, ...]}` -> `{"texts": what each token is by itself}`.
 `{"end": number}` -> `{"text": the rest}`.
@@ -19,12 +19,19 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from confidantd.confinement import confine
-from confidantd.errors import ConfidantError, DataError, ModelError, ProtocolError
+from confidantd.errors import (
+    ConfidantError,
+    DataError,
+    ModelError,
+    PromptTooLongError,
+    ProtocolError,
+)
 from confidantd.jobs.chat_template import read_template
 from confidantd.jobs.documents import is_unicode
 from confidantd.jobs.tokenizer import load_tokenizer
 
 UNFINISHED = "\ufffd"  # what an incomplete character decodes to
+LEAST_LONGEST = 8  # letters a token
 MOST_WINDOW, LEAST_WINDOW = 96, 32  # tokens that are decoded again for each one
 
 
@@ -101,12 +108,13 @@ class TextServer:
         self._tokenizer = load_tokenizer(folder)
         self._template = read_template(folder, template)
         self._decoders: dict[int, StreamDecoder] = {}
+        self._longest = max(LEAST_LONGEST, *map(len, self._tokenizer.get_vocab()))  # in letters
 
     def answer(self, question: dict[str, Any]) -> dict[str, Any]:
         """The answer to one question."""
         match question:
-            case {"begin": int(number), **given}:
-                ids = self._ids(given)
+            case {"begin": int(number), "most": int() | None as most, **given}:
+                ids = self._ids(given, most)
                 self._decoders[number] = StreamDecoder(self._tokenizer, ids)
                 return {"ids": ids}
             case {"push": list(pairs)}:
@@ -120,11 +128,12 @@ class TextServer:
             case _:
                 raise ProtocolError("the tokenizer was asked something unknown")
 
-    def _ids(self, given: dict[str, Any]) -> list[int]:
+    def _ids(self, given: dict[str, Any], most: int | None) -> list[int]:
         match given:
             case {"text": str(text)}:
-                return self._encoded(text, special=True)
+                return self._encoded(text, most, special=True)
             case {"ids": list(ids)}:
+                _check_length(len(ids), most, "tokens")
                 return [int(token) for token in ids]
             case {"messages": list(messages)}:
                 if self._template is None:
@@ -132,18 +141,31 @@ class TextServer:
                         "the model has no chat template",
                         "serve it with --chat-template FILE, or use completions",
                     )
-                return self._encoded(self._template.render(messages), special=False)
+                return self._encoded(self._template.render(messages), most, special=False)
             case _:
                 raise ProtocolError("the tokenizer was asked something unknown")
 
-    def _encoded(self, text: str, *, special: bool) -> list[int]:
+    def _encoded(self, text: str, most: int | None, *, special: bool) -> list[int]:
+        """Of a text that cannot fit nobody has to wait for the tokens."""
         if not is_unicode(text):
             raise DataError("the prompt is not valid Unicode", "give it as UTF-8")
-        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+        if most is not None:
+            _check_length(len(text), most * self._longest, "letters")
+        ids = list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+        _check_length(len(ids), most, "tokens")
+        return ids
 
     def _push(self, number: int, token: int) -> str:
         decoder = self._decoders.get(number)
         return "" if decoder is None or token < 0 else decoder.push(token)
+
+
+def _check_length(length: int, most: int | None, of: str) -> None:
+    if most is not None and length > most:
+        raise PromptTooLongError(
+            f"the prompt has {length} {of}, and the context takes {most}",
+            "give a shorter one, or serve the model with a larger --context",
+        )
 
 
 def main() -> int:
@@ -161,6 +183,9 @@ def main() -> int:
             answer = server.answer(json.loads(line))
         except ConfidantError as caught:
             answer = {"error": caught.to_wire()}
+        except Exception as caught:  # noqa: BLE001 - `tokenizers` raises nothing narrower
+            told = " ".join(str(caught).split())[:120]
+            answer = {"error": DataError(f"the text cannot be tokenised ({told})").to_wire()}
         print(json.dumps(answer), flush=True)
     return 0
 

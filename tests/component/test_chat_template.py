@@ -49,7 +49,7 @@ def test_a_chat_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
     text = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
     assert template.render(CHAT) == text
     ids = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True)["input_ids"]
-    assert TextServer(folder).answer({"begin": 1, "messages": CHAT}) == {"ids": ids}
+    assert TextServer(folder).answer({"begin": 1, "most": None, "messages": CHAT}) == {"ids": ids}
 
 
 def test_where_a_template_is_looked_for(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_where_a_template_is_looked_for(tmp_path: Path) -> None:
     folder = model(tmp_path / "model")
     assert read_template(folder, None) is None
     with pytest.raises(ModelError, match="has no chat template"):
-        TextServer(folder).answer({"begin": 1, "messages": CHAT})
+        TextServer(folder).answer({"begin": 1, "most": None, "messages": CHAT})
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "settings"}]
     model(folder, chat_template=named)
     for name, text in (("", "settings"), ("chat_template.jinja", "of the model"), ("f", "given")):
@@ -84,5 +84,5 @@ def test_what_a_template_does_wrong_is_said_in_a_line(
 ) -> None:
     folder = model(tmp_path / "model", chat_template=template)
     with pytest.raises(error, match=words) as caught:
-        TextServer(folder).answer({"begin": 1, "messages": CHAT})
+        TextServer(folder).answer({"begin": 1, "most": None, "messages": CHAT})
     assert "\n" not in caught.value.message

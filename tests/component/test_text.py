@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import subprocess
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from confidantd.errors import ModelError, PromptTooLongError
+from confidantd.jobs.prompt import TextProcess
 from confidantd.jobs.text import UNFINISHED, StreamDecoder
 from confidantd.jobs.tokenizer import load_tokenizer
 from tests.component.tokenizer_files import END, byte_model, gpt2_model, reference
@@ -107,14 +110,14 @@ def test_the_subprocess_answers_line_by_line(tmp_path: Path) -> None:
     tokens = tokenizer.encode(" the café").ids
     encoded, given, *pushed, rest, over, unknown, half, again = answers(
         folder,
-        {"begin": 1, "text": PROMPT},
-        {"begin": 2, "ids": tokens},
+        {"begin": 1, "most": None, "text": PROMPT},
+        {"begin": 2, "most": None, "ids": tokens},
         *({"push": [[1, token], [2, token]]} for token in tokens),
         {"end": 1},
         {"end": 1},
         {"push": -1},
-        {"begin": 3, "text": "half \ud83d"},
-        {"begin": 3, "text": "still there"},
+        {"begin": 3, "most": None, "text": "half \ud83d"},
+        {"begin": 3, "most": None, "text": "still there"},
     )
     assert encoded == {"ids": tokenizer.encode(PROMPT).ids}
     assert given == {"ids": tokens}
@@ -127,7 +130,38 @@ def test_the_subprocess_answers_line_by_line(tmp_path: Path) -> None:
 
 
 def test_the_subprocess_says_that_there_is_no_tokenizer(tmp_path: Path) -> None:
-    first, second = answers(tmp_path, {"begin": 1, "text": PROMPT}, {"end": 1})
+    first, second = answers(tmp_path, {"begin": 1, "most": None, "text": PROMPT}, {"end": 1})
     assert first["error"]["code"] == "bad-model"
     assert "has no tokenizer.json" in first["error"]["message"]
     assert second == first
+
+
+async def test_a_prompt_that_cannot_fit_is_refused_at_once(tmp_path: Path) -> None:
+    """By its letters, or by its tokens; what comes after it is answered."""
+    folder = byte_model(tmp_path / "model")
+    text = await TextProcess.start(folder, tmp_path / "text.log")
+    try:
+        for prompt, of in (
+            ("x" * 3_000_000, "letters"),
+            ("x y z w", "tokens"),
+            ([1] * 6, "tokens"),
+        ):
+            with pytest.raises(PromptTooLongError, match=f"{of}, and the context takes"):
+                await text.begin(1, prompt, 5)
+        assert await text.begin(1, PROMPT, 50) == load_tokenizer(folder).encode(PROMPT).ids
+    finally:
+        await text.close()
+
+
+async def test_a_tokenizer_that_has_ended_answers_nobody_with_anothers_text(tmp_path: Path) -> None:
+    text = await TextProcess.start(byte_model(tmp_path / "model"), tmp_path / "text.log")
+    try:
+        asking = asyncio.ensure_future(text.begin(1, PROMPT))
+        text._process.kill()
+        with pytest.raises(ModelError):
+            await asking
+        for _ in range(2):
+            with pytest.raises(ModelError, match="has ended|does not answer"):
+                await text.begin(2, "something else")
+    finally:
+        await text.close()

@@ -12,6 +12,7 @@ import select
 import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -351,6 +352,24 @@ def test_a_queue_has_an_end_and_a_place_in_it_is_given_back(
     wait_until(lambda: not worker.is_running(), SECONDS, "its worker is gone")
 
 
+def test_who_goes_away_before_it_is_served_leaves_nothing(
+    devices: list[Device], small: Small
+) -> None:
+    """At every moment; the name is free."""
+    body = json.dumps({"model": str(small.folder), "name": "short", "devices": ["anna"]}).encode()
+    request = (
+        b"POST /v1/serve HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+    )
+    for pause in (0.0, 0.05, 0.3):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(devices[0].home / "control.sock"))
+            client.sendall(request)
+            threading.Event().wait(pause)
+    again = Served(devices[0], small, "--name", "short", "--devices", "anna")
+    devices[0].json("jobs", "cancel", again.job)
+
+
 def test_clients_that_never_read_hold_up_nobody(served: Served) -> None:
     """More of them than there are rows, with more to read than fits on the way."""
     chat = [{"role": "user", "content": "hello"}]
@@ -551,8 +570,10 @@ def test_losses_and_restarts_change_no_answer(small: Small, tmp_path: Path) -> N
 
         assert asyncio.run(ask()) == wanted
         wait_until(lambda: served.record()["epoch"] > 1, SECONDS, "another epoch")
-        owner.stop()
+        for device in devices:
+            device.stop()
         owner.start()
+        devices[1].start()  # later: the owner waits for it
         wait_until(lambda: served.record()["state"] == "running", SECONDS, "served again")
         options = ("--name", "other", "--detach")
         served.url = owner.json("serve", str(small.folder), *options)["base_url"]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from confidantd.planner.costs import PlanDevice
-from confidantd.planner.memory import stage_memory
+from confidantd.planner.memory import LEFT_ROWS, stage_memory
 from confidantd.planner.pace import NOTHING, round_before, round_behind, round_seconds
 from confidantd.planner.simulate import LinkCost
 from tests.unit.planner_support import GIGABYTE, SWARMS, device, make_plan, workload
@@ -103,7 +103,8 @@ def test_every_request_has_a_cache() -> None:
         work = workload(method=None, load=load)
         return stage_memory(work, 6, embedding=True, head=True, stage=0, stages=1).cache
 
-    each = cache(2) - cache(1)
-    assert each == 2 * 4 * 6 * 768 * 128 * 5 // 4  # a quarter is room to grow
-    assert cache(101) - cache(1) == 100 * each
+    assert cache(1) == 2 * 4 * 768 * 128 * (6 * 1.25 + 1)  # a quarter is room to grow
+    each = (cache(8) - cache(4)) / 4  # and rows that others left
+    assert each == pytest.approx(2 * 4 * 6 * 768 * 128 * 1.25 * LEFT_ROWS)
+    assert cache(108) - cache(8) == pytest.approx(100 * each)
     assert cache(1) == cache(0)

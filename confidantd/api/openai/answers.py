@@ -13,9 +13,12 @@ from confidantd.jobs.serve import Piece
 
 @dataclass(slots=True)
 class Told:
-    """A piece, with the texts of its token and of the likeliest ones where they are told."""
+    """A piece, with the texts of its token and of the likeliest ones where they are told, and how
+    many letters of tokens were before it.
+    """
 
     piece: Piece
+    offset: int = 0
     token: str = ""
     likeliest: tuple[str, ...] = ()
 
@@ -27,6 +30,7 @@ class Choice:
     prompt_tokens: int
     logprobs: bool
     told: list[Told] = field(default_factory=list)
+    letters: int = 0
 
     @property
     def text(self) -> str:
@@ -93,10 +97,6 @@ class Shape:
         return {"text": text or ""}
 
     def _logprobs(self, told: Sequence[Told]) -> dict[str, Any]:
-        offsets, length = [], 0
-        for one in told:
-            offsets.append(length)
-            length += len(one.token)
         return {
             "tokens": [one.token for one in told],
             "token_logprobs": [one.piece.token.logprob for one in told],
@@ -104,7 +104,7 @@ class Shape:
                 {t: lp for t, (_, lp) in zip(o.likeliest, o.piece.token.likeliest, strict=True)}
                 for o in told
             ],
-            "text_offset": offsets,
+            "text_offset": [one.offset for one in told],
         }
 
 

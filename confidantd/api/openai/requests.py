@@ -56,7 +56,8 @@ class Request:
     """A request for choices, each of which is `asked` for."""
 
     model: str
-    asked: tuple[Asked, ...]
+    asked: tuple[Asked, ...]  # so many `choices` for each prompt
+    choices: int
     stream: bool
     usage_in_stream: bool
 
@@ -122,7 +123,8 @@ def chat_request(body: Any) -> Request:
 def completion_request(body: Any) -> Request:
     """Of `/v1/completions`."""
     fields = _fields(body)
-    fields.whole("best_of", 1, fields.whole("n", 1, MOST_CHOICES) or 1)
+    count = fields.whole("n", 1, MOST_CHOICES) or 1
+    fields.whole("best_of", count, count)
     most = fields.whole("max_tokens", 1) or DEFAULT_COMPLETION_TOKENS
     logprobs = fields.whole("logprobs", 0, MOST_LOGPROBS)
     return _request(body, fields, _prompts(body.get("prompt")), most, logprobs)
@@ -168,13 +170,14 @@ def _request(
             for prompt in prompts
             for index in range(count)
         ),
+        count,
         fields.flag("stream"),
         Fields(options, "stream_options.").flag("include_usage"),
     )
 
 
 def _stops(value: Any) -> tuple[str, ...]:
-    stops = [value] if isinstance(value, str) else value or []
+    stops = [value] if isinstance(value, str) else [] if value is None else value
     texts = isinstance(stops, list) and all(isinstance(stop, str) for stop in stops)
     if not texts or len(stops) > MOST_STOPS:
         raise BadRequestError(f"`stop` must be a text, or up to {MOST_STOPS}", "stop")

@@ -129,7 +129,8 @@ class OpenAiApi:
         if name not in OWN_NAMES or (origin is not None and not _is_own(origin)):
             return _error(403, "this server answers programs on this device only", code="forbidden")
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if self._key and not hmac.compare_digest(given.encode(), self._key.encode()):
+        shown = given.encode(errors="surrogateescape")
+        if self._key and not hmac.compare_digest(shown, self._key.encode()):
             return _error(401, "the API key is wrong", "authentication_error", "invalid_api_key")
         return await handler(request)
 
@@ -161,8 +162,7 @@ class OpenAiApi:
             choices = [
                 Choice(len(a.prompt), a.asked.sampling.logprobs is not None) for a in answers
             ]
-            prompts = {id(a.asked.prompt): len(a.prompt) for a in answers}
-            prompt_tokens = sum(prompts.values())
+            prompt_tokens = sum(len(a.prompt) for a in answers[:: request.choices])
             pieces = _told(job, choices, answers)
             async with contextlib.aclosing(pieces):
                 if request.stream:
@@ -178,11 +178,13 @@ async def _told(
 ) -> AsyncGenerator[int]:
     """Adds every piece to its choice, and gives its index."""
     async for index, piece in _merged(answers):
-        choice, told = choices[index], Told(piece)
+        choice = choices[index]
+        told = Told(piece, choice.letters)
         if choice.logprobs:
             ids = [piece.token.token, *(token for token, _ in piece.token.likeliest)]
             told.token, *likeliest = await job.token_texts(ids)
             told.likeliest = tuple(likeliest)
+        choice.letters += len(told.token)
         choice.told.append(told)
         yield index
 
@@ -228,23 +230,27 @@ async def _stream(
         headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
     )
     await response.prepare(http)
-    try:
-        await _write(http, response, *map(shape.opening, range(len(choices))))
-        async for index in pieces:
-            choice = choices[index]
-            last = choice.told[-1]
-            if last.piece.text or choice.logprobs:
-                await _write(http, response, shape.piece(index, choice))
-            if last.piece.finished:
-                await _write(http, response, shape.end(index, choice))
-        if usage is not None:
-            await _write(http, response, shape.usage(choices, usage))
-    except ConfidantError as failure:
-        await _write(http, response, _failed(failure)[1])
-    except ConnectionError:
-        return response  # the client is gone
-    await _write(http, response, "[DONE]")
-    await response.write_eof()
+    with contextlib.suppress(ConnectionError):  # the client is gone
+        try:
+            await _write(http, response, *map(shape.opening, range(len(choices))))
+            async for index in pieces:
+                choice = choices[index]
+                last = choice.told[-1]
+                if last.piece.text or choice.logprobs:
+                    await _write(http, response, shape.piece(index, choice))
+                if last.piece.finished:
+                    await _write(http, response, shape.end(index, choice))
+            if usage is not None:
+                await _write(http, response, shape.usage(choices, usage))
+        except ConfidantError as failure:
+            await _write(http, response, _failed(failure)[1])
+        except (ConnectionError, asyncio.CancelledError):
+            raise
+        except Exception:  # noqa: BLE001 - logged whole, answered in one line
+            _log.exception("a stream failed")
+            await _write(http, response, _internal_error())
+        await _write(http, response, "[DONE]")
+        await response.write_eof()
     return response
 
 
@@ -265,7 +271,7 @@ async def _body(http: web.Request) -> Any:
         raise BadRequestError("the request must have the content type application/json")
     try:
         return await http.json()
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, LookupError):  # the last: an unknown character set
         raise BadRequestError("the request is not valid JSON") from None
 
 
@@ -275,13 +281,10 @@ def _with_client(asked: Asked, http: web.Request) -> Asked:
 
 
 def _model_object(job: ServeJob) -> dict[str, Any]:
-    return {
-        "id": job.name,
-        "object": "model",
-        "created": job.created,
-        "owned_by": "confidant",
-        "root": job.folder,
-    }
+    """With the folder of its weights, or of its adapter, whose `parent` then is its base's."""
+    made = {"id": job.name, "object": "model", "created": job.created, "owned_by": "confidant"}
+    parent = None if job.adapter is None else job.folder
+    return {**made, "root": job.adapter or job.folder, "parent": parent}
 
 
 def _is_own(origin: str) -> bool:
@@ -318,6 +321,10 @@ def _error_body(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def _internal_error() -> dict[str, Any]:
+    return _error_body("an internal error; see the daemon's log", "server_error", "internal")
+
+
 def _error(
     status: int, message: str, kind: str = "invalid_request_error", code: str | None = None
 ) -> web.StreamResponse:
@@ -339,4 +346,4 @@ async def _errors_in_shape(request: web.Request, handler: Handler) -> web.Stream
         raise
     except Exception:  # noqa: BLE001 - logged whole, answered in one line
         _log.exception("%s %s failed", request.method, request.path)
-        return _error(500, "an internal error; see the daemon's log", "server_error", "internal")
+        return web.json_response(_internal_error(), status=500)
