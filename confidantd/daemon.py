@@ -301,6 +301,8 @@ def _main(arguments: argparse.Namespace) -> int:
         logging.basicConfig(
             level=config.log_level.upper(), format=LOG_FORMAT, datefmt="%Y-%m-%d %H:%M:%S"
         )
+        # what it says of bytes that are no HTTP; our own handlers log their failures themselves
+        logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
         with home_lock(config.home):
             return asyncio.run(_serve(config))
     except ConfidantError as failure:

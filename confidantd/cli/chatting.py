@@ -19,7 +19,7 @@ from confidantd.cli.generating import printable
 from confidantd.cli.option_types import path
 from confidantd.cli.output import plain, print_error, print_json
 from confidantd.cli.serving import until_served
-from confidantd.errors import ConfidantError, ModelNotFoundError
+from confidantd.errors import ConfidantError, ModelNotFoundError, PromptTooLongError, UsageError
 from confidantd.models.imported import is_file_model
 
 PROMPT = "> "
@@ -59,6 +59,11 @@ async def _served(
     ]
     if names and not options:
         yield names[0]
+    elif model in names:
+        raise UsageError(
+            f"{model} is served already, with options of its own",
+            "leave yours out, or give a folder",
+        )
     elif not folder.is_dir() and not is_file_model(str(folder)):
         raise ModelNotFoundError(
             f"there is neither a model folder {model} nor a model of that name that is served",
@@ -137,6 +142,8 @@ class _Chat:
             if not self._in_terminal:
                 raise
             click.echo("")
+            if isinstance(failure, PromptTooLongError):
+                failure.hint = "/clear begins anew"
             print_error(failure, as_json=False)
             return
         finally:
@@ -146,8 +153,10 @@ class _Chat:
         self._messages = [*messages, {"role": "assistant", "content": answer}]
         if self._as_json:
             print_json({"role": "assistant", "content": answer, **end})
-        else:
-            click.echo("")
+            return
+        click.echo("")
+        if end.get("finish_reason") == "length":
+            click.echo("(cut off: there is no room for more)", err=True)
 
     async def _stream(
         self, messages: list[Message], pieces: list[str], end: dict[str, Any]

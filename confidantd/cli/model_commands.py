@@ -86,6 +86,7 @@ _course = options(  # what changes the result
 @click.option("--generate", "objective", flag_value="generate", help="For generation.")
 @click.option("--serve", "objective", flag_value="serve", help="For many requests at once.")
 @click.option("--load", metavar="N", type=COUNT, help="Requests at once of --serve. [default: 8]")
+@click.option("--context", metavar="N", type=COUNT, help="Tokens of each. [default: 2048]")
 @_shape
 @_quantise
 @click.option(
@@ -94,8 +95,9 @@ _course = options(  # what changes the result
 @common
 def plan(model: Path, objective: str, **given: Any) -> None:
     """Which device would hold which layers of MODEL, and what that costs; nothing starts."""
-    if given["load"] is not None and objective != "serve":
-        raise click.UsageError("--load needs --serve.")
+    for name in ("load", "context"):
+        if given[name] is not None and objective != "serve":
+            raise click.UsageError(f"--{name} needs --serve.")
     from confidantd.cli.planning import run_plan
 
     body = {"model": str(model), "objective": objective, "options": _request(given)}

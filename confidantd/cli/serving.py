@@ -26,7 +26,12 @@ Events = AsyncGenerator[dict[str, Any], None]
 async def run_serving(client: Client, request: Mapping[str, Any], *, as_json: bool) -> None:
     """Start it and say where it answers; stay until it ends, unless it shall go on by itself."""
     async with aclosing(client.stream("POST", "/v1/serve", request)) as events:
-        event = await until_served(events, as_json=as_json)
+        try:
+            event = await until_served(events, as_json=as_json)
+        except asyncio.CancelledError:
+            if request["stays"] and not as_json:
+                click.echo("\nit goes on: `confidant jobs` lists it", err=True)
+            raise
         if as_json:
             print_json(event)
         else:

@@ -137,7 +137,7 @@ def jobs(fields: Mapping[str, Any]) -> RenderableType:
         made.add_row(
             cell(job["id"]),
             cell(job["kind"]),
-            cell(job["model"].rstrip("/").rpartition("/")[2], cut=True),
+            cell(job.get("name") or job["model"].rstrip("/").rpartition("/")[2], cut=True),
             cell(job["state"], STATE_STYLES.get(job["state"], "")),
             cell(steps),
             cell(", ".join(job["devices"]), cut=True),
@@ -149,8 +149,8 @@ def job(fields: Mapping[str, Any]) -> RenderableType:
     """`confidant jobs show`."""
     grid = Table.grid(padding=(0, 2))
     for name in (
-        "id", "kind", "model", "state", "step", "steps", "epoch", "owner", "devices", "output",
-        "message",
+        "id", "kind", "name", "model", "state", "step", "steps", "epoch", "owner", "devices",
+        "output", "message",
     ):  # fmt: skip
         value = fields.get(name)
         text = ", ".join(value) if isinstance(value, list) else value

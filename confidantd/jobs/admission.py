@@ -19,12 +19,14 @@ class Admission:
         self._queues: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
         self.waiting = 0
 
-    async def enter(self, client: str) -> Place:
-        """A place, once there is one; `BusyError` if too many wait for it."""
+    async def enter(self, client: str, *, always: bool = False) -> Place:
+        """A place, once there is one; `BusyError` if too many wait for it, unless it is `always`
+        waited for.
+        """
         if self._free and not self.waiting:
             self._free -= 1
             return Place(self)
-        if self.waiting >= self._most_waiting:
+        if self.waiting >= self._most_waiting and not always:
             raise BusyError(
                 f"{self.waiting} requests wait already", "try again when some are answered"
             )

@@ -99,8 +99,8 @@ class TrainOptions:
 class PlanOptions:
     """Options of `confidant plan`: those of train and generate that change a plan.
 
-    `load`: requests at once, of the objective `serve`. `what_if`: a file with a fleet to plan
-    for, instead of the swarm.
+    `load`: requests at once, of the objective `serve`; `context`: tokens of each. `what_if`: a
+    file with a fleet to plan for, instead of the swarm.
     """
 
     model: str
@@ -118,6 +118,7 @@ class PlanOptions:
     layers: tuple[int, ...] = ()
     owner_ends: OwnerEnds = "auto"
     load: int | None = None
+    context: int | None = None
     what_if: str | None = None
 
 

@@ -39,6 +39,7 @@ class JobRecord:
     devices: list[str] = field(default_factory=list)
     output: str | None = None
     message: str | None = None
+    name: str | None = None  # that clients call a served model by
     committed: int = 0  # steps that are on the owner's disk
 
     def to_json(self) -> dict[str, Any]:

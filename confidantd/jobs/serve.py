@@ -12,8 +12,12 @@ from dataclasses import dataclass, field
 from typing import Never
 
 from confidantd.errors import (
+    BusyError,
     ConfidantError,
+    DataError,
+    DoesNotFitError,
     PeerLostError,
+    PortTakenError,
     PromptTooLongError,
     UsageError,
     WorkerError,
@@ -22,7 +26,7 @@ from confidantd.jobs.admission import Admission, Place
 from confidantd.jobs.faults import CURABLE, FORGIVEN_STEPS
 from confidantd.jobs.job_plans import JobPlans, Launched
 from confidantd.jobs.options import ServeOptions, model_folder
-from confidantd.jobs.prompt import Prompt, TextProcess
+from confidantd.jobs.prompt import Messages, Prompt, TextProcess
 from confidantd.jobs.record import JobLog
 from confidantd.jobs.recovery import SETTLE_SECONDS, Recovery
 from confidantd.jobs.services import JobServices
@@ -36,19 +40,23 @@ from confidantd.wire.worker import Decode, Halt, Token, Tokens
 
 _log = logging.getLogger(__name__)
 
+PORT_SECONDS = 5.0
 READY_SECONDS = 30.0  # for a model that is just being loaded
 QUIET_SECONDS, QUIET_TOKENS = 30.0, FORGIVEN_STEPS + 1  # without a loss: the next is a new one
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One request. `client`: of whom, for turns; `most_tokens` None: as many as there is room."""
+    """One request. `client`: of whom, for turns; `most_tokens` None: as many as there is room.
+    One that `follows` another choice of its client's is not refused where that was taken.
+    """
 
     prompt: Prompt
     sampling: Sampling
     most_tokens: int | None = None
     stop: tuple[str, ...] = ()
     client: str = ""
+    follows: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +138,8 @@ class ServeJob:
         self._context = 0
         self._launched: Launched | None = None
         self._done = 0  # tokens: whether anything was done between two losses
-        self._changed = asyncio.Event()  # it is served, or it never will be
+        self._announced, self._arriving = False, 0
+        self._there = asyncio.Event()  # stages are there, or never will be
         self._failure: ConfidantError | None = None
         self._tasks = TaskSet("serve")
 
@@ -143,7 +152,7 @@ class ServeJob:
             raise
         finally:
             self._failure = self._failure or WorkerError(f"{self.name} is not served any more")
-            self._changed.set()
+            self._there.set()
             for answer in self._answers.values():
                 answer.fail(self._failure)
             await asyncio.shield(self._tasks.close())
@@ -157,7 +166,7 @@ class ServeJob:
         try:
             prompt = await text.begin(sequence, asked.prompt, self._context - 1)
             room = self._room(prompt, spec)
-            place = await self._admission.enter(asked.client)
+            place = await self._admission.enter(asked.client, always=asked.follows)
             try:
                 most = min(room, asked.most_tokens or room)
                 answer = self._answers[sequence] = Answer(sequence, asked, prompt, most, place)
@@ -181,16 +190,21 @@ class ServeJob:
     @property
     def ready(self) -> bool:
         """Whether it is served by now."""
-        return self._changed.is_set() and self._failure is None
+        return self._announced and self._failure is None
 
     async def _served(self) -> tuple[TextProcess, ModelSpec]:
+        if not self._there.is_set() and self._arriving >= self._options.most_waiting:
+            raise BusyError(f"{self._arriving} requests wait for {self.name}", "try again later")
+        self._arriving += 1
         try:
             async with asyncio.timeout(READY_SECONDS):
-                await self._changed.wait()
+                await self._there.wait()
         except TimeoutError:
             raise PeerLostError(
-                f"{self.name} is not served yet", "`confidant jobs` says how far it is"
+                f"{self.name} is not served now", "`confidant jobs` says what it waits for"
             ) from None
+        finally:
+            self._arriving -= 1
         if self._failure is not None:
             raise self._failure
         assert self._text is not None
@@ -219,6 +233,9 @@ class ServeJob:
         text = self._text = await TextProcess.start(folder, log, options.chat_template)
         try:
             await text.begin(0, [])  # a tokenizer or template that cannot be read is told now
+            if self.private:  # for a chat: whether there is a template at all
+                with contextlib.suppress(DataError):  # it does not like this one
+                    await text.begin(0, Messages(({"role": "user", "content": "?"},)))
             workload = await asyncio.to_thread(serve_workload, options)
             self._spec, self._context = workload.spec, workload.sequence_length
             plans = JobPlans(
@@ -234,16 +251,22 @@ class ServeJob:
     async def _serve(self, plans: JobPlans, text: TextProcess) -> None:
         """Over as many pipelines as it takes; a new one is given what the last one was at."""
         recovery = Recovery(plans)
-        launched = await (self._patiently(plans) if self._again else recovery.begin())
+        try:
+            launched = await (self._patiently(plans) if self._again else recovery.begin())
+        except DoesNotFitError as failure:
+            less = "serve it with a smaller --context or fewer --requests"
+            raise DoesNotFitError(failure.message, f"{failure.hint}; or {less}") from None
         plans.make_do = True
         await self._announce(launched)
         while True:
             began = time.monotonic()
             try:
                 self._launched = launched
+                self._there.set()
                 await self._attend(launched, text)
             except ConfidantError as failure:
                 self._launched = None
+                self._there.clear()
                 cause = await recovery.cause(launched, failure)
             if time.monotonic() - began > QUIET_SECONDS:
                 self._done += QUIET_TOKENS  # that it stood there is as good as tokens
@@ -279,7 +302,7 @@ class ServeJob:
                 _log.info("%s is not served: %s", self.name, failure)
 
     async def _announce(self, launched: Launched) -> None:
-        url = "" if self.private else await self._services.open_api()
+        url = "" if self.private else await self._open_api()
         self._log.record.state = "running"
         self._log.emit({
             "event": "serving", "job": self._log.record.id, "model": self.name, "base_url": url,
@@ -287,7 +310,18 @@ class ServeJob:
             "stages": launched.plan.to_json()["stages"],
         })  # fmt: skip
         await self._log.save()
-        self._changed.set()
+        self._announced = True
+
+    async def _open_api(self) -> str:
+        """Its URL; one who served before waits until the port is free again."""
+        while True:
+            try:
+                return await self._services.open_api()
+            except PortTakenError as failure:
+                if not self._again:
+                    raise
+                _log.warning("%s: %s", self.name, failure)
+            await asyncio.sleep(PORT_SECONDS)
 
     async def _send(self, answer: Answer) -> None:
         """To the stages, unless they know of it, or there are none now."""

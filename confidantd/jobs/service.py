@@ -217,6 +217,7 @@ class Jobs:
         found = await self._services.importer.with_folder(options)
         await asyncio.to_thread(serve_workload, found)
         log = self._new("serve", options.model)
+        log.record.name = options.public_name
         try:
             if options.stays:
                 log.lasts = True
@@ -327,9 +328,12 @@ class Jobs:
                 )
             log.record.message = str(failure)
             log.emit(failure_event(failure))
+            if log.record.kind == "serve" and log.record.state == "failed":
+                _log.warning("job %s ended: %s", log.record.id, failure)
         elif log.record.state not in FINAL_STATES and not self._closing:
-            log.record.state = "failed"
-            log.emit(failure_event(ConfidantError("an internal error ended the job")))
+            log.record.state, internal = "failed", ConfidantError("an internal error ended the job")
+            log.record.message = str(internal)
+            log.emit(failure_event(internal))
         log.close()
         await self._keep(log)
         self._running.pop(log.record.id, None)

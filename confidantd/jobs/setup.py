@@ -151,9 +151,10 @@ def serve_workload(options: ServeOptions) -> Workload:
 
 
 def planned_workload(options: PlanOptions) -> Workload:
-    """What `confidant plan` is asked about. A served request is as long as a generated one."""
-    if options.load is not None and options.objective != "serve":
-        raise UsageError("--load needs --serve")
+    """What `confidant plan` is asked about."""
+    for name in ("load", "context"):
+        if getattr(options, name) is not None and options.objective != "serve":
+            raise UsageError(f"--{name} needs --serve")
     if options.quantise != "none" and options.objective == "train":
         raise UsageError("--quantise needs --generate or --serve: training needs all bits")
     match options.objective:
@@ -165,7 +166,12 @@ def planned_workload(options: PlanOptions) -> Workload:
             load = DEFAULT_LOAD if options.load is None else options.load
             if not 1 <= load <= MOST_LOAD:
                 raise UsageError(f"--load must be 1 to {MOST_LOAD}")
-            return replace(generate_workload(options), load=load)
+            return serve_workload(
+                ServeOptions(
+                    options.model, requests=load, context=options.context,
+                    quantise=options.quantise, devices=options.devices, layers=options.layers,
+                )
+            )  # fmt: skip
         case other:
             raise UsageError(f"there is no objective {other[:40]}", "train, generate or serve")
 

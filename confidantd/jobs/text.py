@@ -120,8 +120,7 @@ class TextServer:
             case {"push": list(pairs)}:
                 return {"texts": [self._push(number, token) for number, token in pairs]}
             case {"look": list(ids)}:
-                decode = self._tokenizer.decode
-                return {"texts": [decode([i], skip_special_tokens=False) for i in ids]}
+                return {"texts": [self._look(token) for token in ids]}
             case {"end": int(number)}:
                 decoder = self._decoders.pop(number, None)
                 return {"text": "" if decoder is None else decoder.flush()}
@@ -139,7 +138,7 @@ class TextServer:
                 if self._template is None:
                     raise ModelError(
                         "the model has no chat template",
-                        "serve it with --chat-template FILE, or use completions",
+                        "give --chat-template FILE to `serve` or `chat`, or use completions",
                     )
                 return self._encoded(self._template.render(messages), most, special=False)
             case _:
@@ -154,6 +153,16 @@ class TextServer:
         ids = list(self._tokenizer.encode(text, add_special_tokens=special).ids)
         _check_length(len(ids), most, "tokens")
         return ids
+
+    def _look(self, token: int) -> str:
+        """A token as it stands in a text: behind another one, or it may lose its space."""
+        decode, ids = (
+            self._tokenizer.decode,
+            self._tokenizer.encode("a", add_special_tokens=False).ids,
+        )
+        before = decode(ids, skip_special_tokens=False)
+        both = decode([*ids, token], skip_special_tokens=False)
+        return str(both[len(before) :] if both.startswith(before) else decode([token]))
 
     def _push(self, number: int, token: int) -> str:
         decoder = self._decoders.get(number)

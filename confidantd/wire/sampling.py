@@ -38,6 +38,7 @@ class Sampling:
                 f"repetition penalty must be over 0 and at most {MOST_PENALTY:.0f}",
                 self.repetition_penalty,
             ),
+            (-(1 << 63) <= self.seed < 1 << 64, "seed must have 64 bits at the most", self.seed),
             (
                 self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS,
                 f"logprobs must be from 0 to {MOST_LOGPROBS}",

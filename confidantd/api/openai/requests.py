@@ -150,7 +150,7 @@ def _request(
     model = fields.text("model")
     if not model:
         raise BadRequestError("`model` is missing: name one of /v1/models", "model")
-    seed = fields.whole("seed", -(1 << 63))
+    seed = fields.whole("seed", -(1 << 63), (1 << 63) - 1)
     sampling = Sampling(
         temperature=fields.number("temperature", 0, 2, 1),
         top_p=fields.number("top_p", 0, 1, 1) or math.ulp(0.0),  # 0: the likeliest one only

@@ -156,8 +156,8 @@ class OpenAiApi:
         job, made = self._job(request.model), shape(request.model)
         async with contextlib.AsyncExitStack() as stack:
             answers = [
-                await stack.enter_async_context(job.ask(_with_client(asked, http)))
-                for asked in request.asked
+                await stack.enter_async_context(job.ask(_with_client(asked, http, index)))
+                for index, asked in enumerate(request.asked)
             ]
             choices = [
                 Choice(len(a.prompt), a.asked.sampling.logprobs is not None) for a in answers
@@ -275,9 +275,10 @@ async def _body(http: web.Request) -> Any:
         raise BadRequestError("the request is not valid JSON") from None
 
 
-def _with_client(asked: Asked, http: web.Request) -> Asked:
+def _with_client(asked: Asked, http: web.Request, index: int) -> Asked:
     """Who names no user is told apart by the key that it shows."""
-    return replace(asked, client=asked.client or http.headers.get("Authorization", ""))
+    client = asked.client or http.headers.get("Authorization", "")
+    return replace(asked, client=client, follows=index > 0)
 
 
 def _model_object(job: ServeJob) -> dict[str, Any]:
