@@ -38,7 +38,7 @@ test: $(READY) $(WEBGPU_READY) $(OPENVINO_READY)
 	  $$(grep -rl openvino tests --include='test_*.py') && \
 	  export CONFIDANT_REQUIRE_OPENVINO=0 &&) \
 	  $(BIN)/python -m pytest -q $(BY_FILE) -m "not alone" $(PYTEST_OPTIONS) $(DEVICES) && \
-	  $(BIN)/python -m pytest -q -m alone $(PYTEST_OPTIONS) tests/e2e && \
+	  $(BIN)/python -m pytest -q -m alone $(PYTEST_OPTIONS) $$(grep -rl mark.alone tests/e2e) && \
 	  $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) $(PYTEST_OPTIONS) tests/unit tests/component
 
 lint: $(CHECKERS)

@@ -298,7 +298,7 @@ class Swarm:
         self.ledgers[device] = Ledger(device, self.ledgers[device].gone_now)
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=1500, deadline=None)
 @given(seed=st.integers(0, 100_000))
 def test_all_come_to_know_the_same_in_the_end(seed: int) -> None:
     draw, swarm = random.Random(seed), Swarm()
