@@ -47,8 +47,8 @@ SMALL = Shape("134M", 768, 2048, 12, 12, 12)
 LARGE = Shape("1.1B", 2048, 5632, 22, 32, 4)
 
 
-def make_model(folder: Path, shape: Shape) -> Path:
-    """Random weights, saved in float16 as most models are."""
+def make_model(folder: Path, shape: Shape, *, half: bool = True) -> Path:
+    """Random weights, saved in float16 as most models are, or in float32."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32_000, hidden_size=shape.hidden, intermediate_size=shape.columns,
@@ -56,7 +56,8 @@ def make_model(folder: Path, shape: Shape) -> Path:
         num_key_value_heads=shape.kv_heads, max_position_embeddings=2048, bos_token_id=None,
         tie_word_embeddings=False, eos_token_id=None,
     )  # fmt: skip
-    LlamaForCausalLM(config).half().save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    (model.half() if half else model).save_pretrained(folder)
     byte_tokenizer(folder)
     return folder
 

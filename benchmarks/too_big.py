@@ -20,34 +20,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from benchmarks.decode import NAMES, Shape
+from benchmarks.decode import NAMES, Shape, make_model
 from benchmarks.report import Claim, options, report
 from tests.control_groups import MemoryCap
 from tests.e2e.devices import Device, running
-from tests.e2e.small_models import byte_tokenizer
 
 LARGE = Shape("370M", 1024, 2816, 24, 16, 16)
 # Each device has half of the weights and this: its daemon's and worker's own, a tokenizer.
 ROOM_BYTES = 430_000_000
 PROMPT_TOKENS, NEW_TOKENS, ALONE_TOKENS, ROUNDS = 16, 64, 4, 3
 REACH = 8.03  # Confidant (2025), over an offloading baseline
-
-
-def make_model(folder: Path, shape: Shape) -> Path:
-    """Random weights in float32, which the engine computes with as they lie in the file."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32_000, hidden_size=shape.hidden, intermediate_size=shape.columns,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads, max_position_embeddings=512, bos_token_id=None,
-        tie_word_embeddings=False, eos_token_id=None,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer(folder)
-    return folder
 
 
 def forget(model: Path) -> None:
@@ -101,7 +83,7 @@ def claims(shape: Shape, counts: Sequence[int]) -> Iterator[Claim]:
     """One device against two, and three."""
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        model = make_model(folder / shape.name, shape)
+        model = make_model(folder / shape.name, shape, half=False)  # computed with as it lies
         weights = (model / "model.safetensors").stat().st_size
         most = weights // 2 + ROOM_BYTES
         table = 4 * 32_000 * shape.hidden  # of which a token reads a row
