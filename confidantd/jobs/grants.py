@@ -171,11 +171,16 @@ class Grants:
         return [held for held in there if held.next_offer is None]
 
     def find(self, owner: DeviceId, place: Place) -> Held:
-        """The stage granted to `owner`; refuses anybody else and any other epoch."""
+        """The stage granted to `owner`; refuses anybody else and any other epoch. Where the device
+        let go of the job, as when its owner seemed gone for a moment, another epoch may mend it.
+        """
         held = self._held.get(place)
         if held is not None and held.offer.owner == owner:
             return held
-        others = {h.offer.epoch for h in self._of(place.job) if h.offer.owner == owner}
+        there = list(self._of(place.job))
+        if not there:
+            raise StaleEpochError(f"this device holds no stage of job {place.job} any more")
+        others = {h.offer.epoch for h in there if h.offer.owner == owner}
         if others and place.epoch not in others:
             raise StaleEpochError(
                 f"job {place.job} is in epoch {max(others)} here, not {place.epoch}"

@@ -103,6 +103,14 @@ def test_a_running_stage_stays_when_its_next_place_is_withdrawn_or_never_started
         assert grants.find(OWNER, Place(JOB, 1, 0)).process is PROCESS
 
 
+def test_a_job_that_was_let_go_of_may_begin_again() -> None:
+    """Its owner is told so that it does not take it for a mistake."""
+    with pytest.raises(StaleEpochError, match="no stage of job"):
+        Grants().find(OWNER, Place(JOB, 1, 0))
+    with pytest.raises(ProtocolError):
+        granted(OFFER).find(OWNER, Place(JOB, 1, 1))
+
+
 def test_nobody_gets_at_the_stages_of_another_owner() -> None:
     grants = started(OFFER)
     with pytest.raises(ProtocolError):
